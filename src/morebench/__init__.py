@@ -1,0 +1,1 @@
+"""Controlled comparisons of LLaVA-style multimodal LLMs."""

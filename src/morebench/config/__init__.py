@@ -1,0 +1,1 @@
+"""What to run: typed choices, composed by Hydra, checked before anything starts."""

@@ -1,0 +1,269 @@
+"""The types of the whole config tree. Values and defaults live in conf/, never here.
+
+A field marked `label()` may change without changing a model: it is left out of run ids.
+Everything else in `llm`, `vision`, `resolution`, the data choices, `projector` and the stage recipes
+is part of a cell's identity (see `morebench.matrix.cell`).
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+def label() -> Any:
+    """A field that names, prints or places something; it cannot change a number."""
+    return field(metadata={"identity": False})
+
+
+class Part(Enum):
+    vision = "vision"
+    projector = "projector"
+    llm = "llm"
+
+
+class Step(Enum):
+    pretrain = "pretrain"
+    finetune = "finetune"
+    evaluate = "evaluate"
+
+
+class Resize(Enum):
+    """How an image reaches the encoder's input size."""
+
+    shortest_edge = "shortest_edge"  # keep the aspect ratio, then crop the centre
+    squash = "squash"  # both sides to the size, whatever the aspect ratio
+
+
+class Interpolation(Enum):
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+class AspectRatio(Enum):
+    """What happens before `Resize`: nothing, or padding to a square with the mean colour."""
+
+    square = "square"
+    pad = "pad"
+
+
+class Order(Enum):
+    uniform = "uniform"  # one permutation
+    modality = "modality"  # the study's grouping: a global batch is all-image or all-text
+
+
+class VisualScale(Enum):
+    """Factor on projected visual tokens before they enter the LLM."""
+
+    one = "one"
+    sqrt_hidden = "sqrt_hidden"  # Gemma scales its token embeddings by sqrt(hidden size)
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"  # autocast; trained parameters keep fp32 master copies
+
+
+class ImagePolicy(Enum):
+    """What a missing or undecodable training image does."""
+
+    error = "error"
+    quarantine = "quarantine"  # leave the sample out of every cell, count it, name it in the manifest
+
+
+class Profile(Enum):
+    """Which scorers and prompts: the paper's harness, or lmms-eval 0.7.3."""
+
+    paper = "paper"
+    lmms_eval_0_7_3 = "lmms_eval_0_7_3"
+
+
+@dataclass(kw_only=True)
+class Weights:
+    """Where a part's starting weights come from: the hub, or a builder in this repository."""
+
+    hub_id: str | None
+    revision: str | None
+    build: dict[str, Any] | None  # recipe: `_target_` is called with `folder`; its values are the identity
+
+
+@dataclass(kw_only=True)
+class LLM:
+    label: str = label()
+    size_group: str = label()  # heading under which a table lists the row
+    weights: Weights
+    shape: str  # file below conf/shapes: the fields of the published config.json that fix every width
+    chat_format: str  # file stem below conf/chat_formats
+    pad_token: str
+    visual_scale: VisualScale
+
+
+@dataclass(kw_only=True)
+class ImageProcessing:
+    resize: Resize
+    resize_to: int  # pixels: shortest edge, or both sides when squashing
+    interpolation: Interpolation
+    mean: list[float]  # per channel, of values in [0, 1]
+    std: list[float]
+
+
+@dataclass(kw_only=True)
+class Vision:
+    label: str = label()
+    weights: Weights
+    shape: str
+    encoder: dict[str, Any]  # recipe of a class in morebench.models.vision
+    image: ImageProcessing
+
+
+@dataclass(kw_only=True)
+class Resolution:
+    label: str = label()
+    scales: list[int]  # multiples of the encoder's native size; [1] is the encoder alone
+
+
+@dataclass(kw_only=True)
+class TrainingData:
+    label: str = label()
+    records: str = label()  # JSON list, relative to paths.data; its content is hashed, its place is not
+    images: str = label()  # folder that the records' image paths are relative to
+    num_samples: int | None  # as published; another count is an error
+    build: dict[str, Any] | None  # recipe that makes the files when they are missing
+
+
+@dataclass(kw_only=True)
+class Projector:
+    depth: int  # linear layers with GELU between; 2 is LLaVA-1.5's mlp2x_gelu
+
+
+@dataclass(kw_only=True)
+class Optimizer:
+    """torch.optim.AdamW."""
+
+    lr: float
+    weight_decay: float
+    betas: list[float]
+    eps: float
+
+
+@dataclass(kw_only=True)
+class TrainRecipe:
+    trainable: list[Part]
+    chat_format: str | None  # null: the LLM's own
+    image_aspect_ratio: AspectRatio
+    max_length: int  # tokens, visual ones included
+    global_batch_size: int  # samples per optimizer step, whatever the number of devices
+    epochs: int
+    max_steps: int | None  # stop early; the learning-rate schedule then ends there too
+    warmup_ratio: float  # share of the optimizer steps
+    optimizer: Optimizer
+    gradient_clip_val: float | None
+    order: Order
+    precision: Precision
+
+
+@dataclass(kw_only=True)
+class EvaluateRecipe:
+    profile: Profile
+    image_aspect_ratio: AspectRatio
+    precision: Precision
+    controls: list[str]  # e.g. [blind]: the same questions with every image replaced by its mean colour
+
+
+@dataclass(kw_only=True)
+class Stage:
+    steps: list[Step] = label()  # which to run; missing parents run first
+    pretrain: TrainRecipe
+    finetune: TrainRecipe
+    evaluate: EvaluateRecipe
+
+
+@dataclass(kw_only=True)
+class TaskData:
+    """Where a task's records come from: the hub (or a local mirror of it), or a JSON list."""
+
+    hub_id: str | None
+    config: str | None
+    split: str | None
+    revision: str | None
+    records: str | None = label()  # relative to paths.data
+    images: str | None = label()
+    num_rows: int | None
+    build: dict[str, Any] | None
+
+
+@dataclass(kw_only=True)
+class Task:
+    label: str = label()
+    data: TaskData
+    code: dict[str, Any]  # recipe of a class in morebench.evaluation.tasks
+    max_new_tokens: dict[str, int]  # by profile
+
+
+@dataclass(kw_only=True)
+class Column:
+    """One printed number: `factor` x `metric` of `task`."""
+
+    label: str
+    task: str
+    metric: str
+    factor: float
+    digits: int  # decimals printed
+
+
+@dataclass(kw_only=True)
+class Suite:
+    label: str = label()
+    tasks: dict[str, Task]
+    columns: list[Column] = label()
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """The machine. Nothing here may change a result."""
+
+    accelerator: str  # cpu, gpu or auto
+    devices: int | str
+    num_nodes: int
+    strategy: str  # auto or ddp
+    num_workers: int  # data-loading processes per rank
+    threads: int | None  # CPU threads per rank; null: all cores shared by the parallel steps
+    micro_batch_tokens: int  # tokens one device takes at once
+    checkpoint_every_n_steps: int
+    evaluate_batch_size: int
+
+
+@dataclass(kw_only=True)
+class Tracking:
+    uri: str | None  # null: nothing is mirrored to MLflow
+    experiment: str
+
+
+@dataclass(kw_only=True)
+class Paths:
+    root: str
+    data: str
+    weights: str  # local copies of hub repositories, <weights>/<hub_id>/
+    cache: str
+    runs: str
+    reports: str
+
+
+@dataclass(kw_only=True)
+class Config:
+    llm: LLM
+    vision: Vision
+    resolution: Resolution
+    pretrain_data: TrainingData
+    finetune_data: TrainingData
+    stage: Stage
+    suite: Suite
+    projector: Projector
+    trainer: Trainer
+    tracking: Tracking
+    paths: Paths
+    seed: int
+    on_bad_image: ImagePolicy
+    experiments: str | None  # names of files in experiments/, comma-separated; needs -m
+
+
+AXES = ("llm", "vision", "resolution", "pretrain_data")

@@ -1,0 +1,1 @@
+"""From a JSON record to a packed batch."""

@@ -1,0 +1,1 @@
+"""The embedded default: scenes of scanned digits and tiny parts of the real classes."""

@@ -1,0 +1,1 @@
+"""Questions, predictions, scores of one cell."""

@@ -1,0 +1,1 @@
+"""Many cells: identity, plan, state on disk, launch."""

@@ -1,0 +1,1 @@
+"""From a packed batch to a loss: vision encoder, projector, LLM and their composition."""
