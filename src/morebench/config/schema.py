@@ -124,8 +124,9 @@ class Resolution:
 @dataclass(kw_only=True)
 class TrainingData:
     label: str = label()
-    records: str = label()  # JSON list, relative to paths.data; its content is hashed, its place is not
-    images: str = label()  # folder that the records' image paths are relative to
+    folder: str = label()  # below paths.data; the content is hashed, its place is not
+    records: str = label()  # JSON list in `folder`
+    images: str = label()  # folder in `folder` that the records' image paths are relative to
     num_samples: int | None  # as published; another count is an error
     build: dict[str, Any] | None  # recipe that makes the files when they are missing
 
@@ -185,7 +186,8 @@ class TaskData:
     config: str | None
     split: str | None
     revision: str | None
-    records: str | None = label()  # relative to paths.data
+    folder: str = label()  # below paths.data: a local mirror, or the records below
+    records: str | None = label()  # JSON list in `folder`; null: the rows of the hub data set
     images: str | None = label()
     num_rows: int | None
     build: dict[str, Any] | None
