@@ -1,6 +1,6 @@
 """The types of the whole config tree. Values and defaults live in conf/, never here.
 
-A field marked `label()` may change without changing a model: it is left out of run ids.
+A field marked `unidentified()` may change without changing a model: it is left out of run ids.
 Everything else in `llm`, `vision`, `resolution`, the data choices, `projector` and the stage recipes
 is part of a cell's identity (see `morebench.matrix.cell`).
 """
@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 
-def label() -> Any:
+def unidentified() -> Any:
     """A field that names, prints or places something; it cannot change a number."""
     return field(metadata={"identity": False})
 
@@ -88,8 +88,8 @@ class Weights:
 
 @dataclass(kw_only=True)
 class LLM:
-    label: str = label()
-    size_group: str = label()  # heading under which a table lists the row
+    label: str = unidentified()
+    size_group: str = unidentified()  # heading under which a table lists the row
     weights: Weights
     shape: str  # file below conf/shapes: the fields of the published config.json that fix every width
     chat_format: str  # file stem below conf/chat_formats
@@ -108,7 +108,7 @@ class ImageProcessing:
 
 @dataclass(kw_only=True)
 class Vision:
-    label: str = label()
+    label: str = unidentified()
     weights: Weights
     shape: str
     encoder: dict[str, Any]  # recipe of a class in morebench.models.vision
@@ -117,16 +117,16 @@ class Vision:
 
 @dataclass(kw_only=True)
 class Resolution:
-    label: str = label()
+    label: str = unidentified()
     scales: list[int]  # multiples of the encoder's native size; [1] is the encoder alone
 
 
 @dataclass(kw_only=True)
 class TrainingData:
-    label: str = label()
-    folder: str = label()  # below paths.data; the content is hashed, its place is not
-    records: str = label()  # JSON list in `folder`
-    images: str = label()  # folder in `folder` that the records' image paths are relative to
+    label: str = unidentified()
+    folder: str = unidentified()  # below paths.data; the content is hashed, its place is not
+    records: str = unidentified()  # JSON list in `folder`
+    images: str = unidentified()  # folder in `folder` that the records' image paths are relative to
     num_samples: int | None  # as published; another count is an error
     build: dict[str, Any] | None  # recipe that makes the files when they are missing
 
@@ -172,7 +172,7 @@ class EvaluateRecipe:
 
 @dataclass(kw_only=True)
 class Stage:
-    steps: list[Step] = label()  # which to run; missing parents run first
+    steps: list[Step] = unidentified()  # which to run; missing parents run first
     pretrain: TrainRecipe
     finetune: TrainRecipe
     evaluate: EvaluateRecipe
@@ -186,16 +186,16 @@ class TaskData:
     config: str | None
     split: str | None
     revision: str | None
-    folder: str = label()  # below paths.data: a local mirror, or the records below
-    records: str | None = label()  # JSON list in `folder`; null: the rows of the hub data set
-    images: str | None = label()
+    folder: str = unidentified()  # below paths.data: a local mirror, or the records below
+    records: str | None = unidentified()  # JSON list in `folder`; null: the rows of the hub data set
+    images: str | None = unidentified()
     num_rows: int | None
     build: dict[str, Any] | None
 
 
 @dataclass(kw_only=True)
 class Task:
-    label: str = label()
+    label: str = unidentified()
     data: TaskData
     code: dict[str, Any]  # recipe of a class in morebench.evaluation.tasks
     max_new_tokens: dict[str, int]  # by profile
@@ -214,9 +214,9 @@ class Column:
 
 @dataclass(kw_only=True)
 class Suite:
-    label: str = label()
+    label: str = unidentified()
     tasks: dict[str, Task]
-    columns: list[Column] = label()
+    columns: list[Column] = unidentified()
 
 
 @dataclass(kw_only=True)
@@ -224,7 +224,7 @@ class Trainer:
     """The machine. Nothing here may change a result."""
 
     accelerator: str  # cpu, gpu or auto
-    devices: int | str
+    devices: str  # a count, or auto
     num_nodes: int
     strategy: str  # auto or ddp
     num_workers: int  # data-loading processes per rank

@@ -1,0 +1,171 @@
+"""Hydra at the door: overrides in, plain dataclasses out. Nothing else below the commands imports Hydra."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from morebench.config.schema import Config
+from morebench.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+CONF_DIR = ROOT / "conf"
+EXPERIMENTS_DIR = ROOT / "experiments"
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One config and the file stem chosen in each group."""
+
+    choices: dict[str, str]
+    config: Config
+
+
+@dataclass(frozen=True)
+class Override:
+    """One parsed command-line override; a sweep has several values, each as Hydra would write it."""
+
+    text: str
+    key: str
+    values: tuple[str, ...]
+    is_sweep: bool
+    problem: str | None = None  # the key is refused whatever its value
+
+
+def register() -> None:
+    """Make the schema and our resolvers known to Hydra; safe to call twice."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("morebench.root", lambda: str(ROOT), replace=True)
+    OmegaConf.register_new_resolver(
+        "morebench.experiments", lambda: ", ".join(experiment_names()), replace=True
+    )
+
+
+def experiment_names() -> list[str]:
+    return sorted(path.stem for path in EXPERIMENTS_DIR.glob("*.yaml"))
+
+
+def options(group: str) -> list[str]:
+    """File stems of a config group, e.g. `options("hydra/launcher")`."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+@functools.cache
+def groups() -> tuple[str, ...]:
+    """Groups a user may choose from: folders of YAML files that config.yaml's defaults list names."""
+    defaults = yaml.safe_load((CONF_DIR / "config.yaml").read_text())["defaults"]
+    named = [next(iter(entry)) for entry in defaults if isinstance(entry, dict)]
+    return tuple(name.removeprefix("override ").strip("/") for name in named)
+
+
+def parse_overrides(texts: Sequence[str]) -> list[Override]:
+    """Parse with Hydra's own grammar; what cannot be parsed, or is refused, carries a `problem`."""
+    parsed = []
+    parser = OverridesParser.create()
+    for text in texts:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            parsed.append(Override(text, text, (), False, f"{text!r} is not KEY=VALUE in Hydra's grammar."))
+            continue
+        key = override.get_key_element()
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            problem = f"{text!r}: a cell is chosen, not grown. Choose or set a key that --help lists."
+            parsed.append(Override(text, key, (), False, problem))
+        elif override.is_sweep_override():
+            values = tuple(str(value) for value in override.sweep_string_iterator())
+            parsed.append(Override(text, key, values, True))
+        else:
+            parsed.append(Override(text, key, (override.get_value_element_as_str(),), False))
+    return parsed
+
+
+def compose_config(overrides: Sequence[str] = ()) -> Composed:
+    """Compose conf/config.yaml with `overrides`, e.g. `["llm=phi4", "seed=1"]`.
+
+    Raises ConfigError with Hydra's reason. Names of keys and choices are checked with better messages by
+    `morebench.config.overrides.check`.
+    """
+    register()
+    try:
+        if GlobalHydra.instance().is_initialized():  # inside a command that Hydra itself started
+            tree = GlobalHydra.instance().hydra.compose_config(  # type: ignore[union-attr]
+                "config", list(overrides), run_mode=_run_mode()
+            )
+        else:
+            with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+                tree = compose(config_name="config", overrides=list(overrides), return_hydra_config=True)
+        choices = {str(key): str(value) for key, value in tree.hydra.runtime.choices.items()}
+        OmegaConf.set_struct(tree, False)
+        del tree["hydra"]
+        return Composed(choices, to_config(tree))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"Cannot compose {' '.join(overrides)}: {reason(error)}") from error
+
+
+def _run_mode() -> Any:
+    from hydra.types import RunMode
+
+    return RunMode.RUN
+
+
+def reason(error: BaseException) -> str:
+    """Hydra hides why an override was refused in `__cause__`; one line of it is enough."""
+    cause = error.__cause__ or error
+    return str(cause).strip().splitlines()[0]
+
+
+def to_config(tree: Any) -> Config:
+    """The dataclass tree of a composed (or loaded) OmegaConf tree, every interpolation resolved."""
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree)))
+
+
+def save_config(config: Config, path: Path) -> None:
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def load_config(path: Path) -> Config:
+    try:
+        return to_config(OmegaConf.load(path))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+        raise ConfigError(f"{path} is not a config this version wrote: {reason(error)}") from error
+
+
+def build(recipe: Mapping[str, Any], **runtime: Any) -> Any:
+    """Make the object a recipe (`_target_`) describes, adding what only run time knows.
+
+    Two calls, because `instantiate(recipe, **runtime)` would turn a dataclass among `runtime` into a dict
+    and a tuple into a list.
+    """
+    if twice := sorted(recipe.keys() & runtime.keys()):
+        raise ConfigError(f"{recipe['_target_']}: {twice} is known only at run time. Remove it from YAML.")
+    return instantiate({**recipe, "_partial_": True}, _convert_="all")(**runtime)
+
+
+def load_shape(name: str) -> dict[str, Any]:
+    """Shape fields of a published configuration, from `conf/shapes/<name>`."""
+    return cast(dict[str, Any], json.loads(_read(CONF_DIR / "shapes" / name)))
+
+
+def load_chat_format(stem: str) -> dict[str, Any]:
+    """A chat format as data, from `conf/chat_formats/<stem>.yaml`."""
+    return cast(dict[str, Any], yaml.safe_load(_read(CONF_DIR / "chat_formats" / f"{stem}.yaml")))
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        known = ", ".join(sorted(other.name for other in path.parent.glob(f"*{path.suffix}")))
+        raise ConfigError(f"{path.relative_to(ROOT)} does not exist. There are: {known}.")
+    return path.read_text()
