@@ -17,7 +17,7 @@ class MatrixLauncher(Launcher):
         """Nothing of Hydra's is needed later: cells carry their whole config."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from morebench.train import launch_cells
+        from morebench.train import run_and_exit
 
-        launch_cells(job_overrides, self.options)
+        run_and_exit(job_overrides, self.options)
         return []

@@ -1,0 +1,56 @@
+# `make help` lists the targets.
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+LAUNCHER ?= local
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format ui bench clean
+
+help: ## this list
+	@grep -hE '^[a-zA-Z_%-]+:.*?## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sed 's/%/NAME/' | expand -t 16
+	@echo "NAME is a file of experiments/: $(notdir $(basename $(wildcard experiments/*.yaml)))"
+
+install: $(STAMP) ## set everything up in .venv (needs python3 >= 3.11)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "installing into $(VENV): about 6 GB, a few minutes"
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --upgrade pip uv; }
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP) ## train, evaluate and tabulate 2 LLMs x 2 vision encoders on scanned digits
+	@$(BIN)/python -m morebench.train -m experiments=digits
+	@$(BIN)/python -m morebench.report experiments=digits
+
+plan-%: $(STAMP) ## what an experiment will run and what is done
+	@$(BIN)/python -m morebench.plan experiments=$*
+
+sweep-%: $(STAMP) ## run what an experiment is missing (LAUNCHER=local)
+	@$(BIN)/python -m morebench.train -m experiments=$* hydra/launcher=$(LAUNCHER)
+
+report-%: $(STAMP) ## tables, figures and a page of an experiment
+	@$(BIN)/python -m morebench.report experiments=$*
+
+ui: $(STAMP) ## browse the runs in MLflow on http://127.0.0.1:5000
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+test: $(STAMP) ## run the tests
+	@$(BIN)/pytest -n auto --dist loadfile
+
+check: $(STAMP) ## format, lint, types, layers
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+format: $(STAMP) ## format the code and mend what lint can mend
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lock: ## resolve requirements.lock again
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url --universal \
+	  --python-version 3.11 --quiet -o requirements.lock
+
+clean: ## delete runs, built data and reports (not the installation)
+	rm -rf runs data/digits cache reports mlflow.db

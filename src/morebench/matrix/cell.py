@@ -1,0 +1,112 @@
+"""A cell is its content: run ids from everything that can change the weights, and from nothing else."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from morebench.config.compose import Composed, load_chat_format, load_shape
+from morebench.config.schema import AXES, Config, Step
+from morebench.matrix.sources import Sources
+
+# Raise when a change of the code changes losses, predictions or the order of samples: every run id changes
+# with it. Add a line to CHANGELOG.md that says why.
+NUMERICS_VERSION = 1
+
+CHAIN = (Step.pretrain, Step.finetune, Step.evaluate)
+PARENT = {Step.finetune: Step.pretrain, Step.evaluate: Step.finetune}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One choice per axis plus a seed."""
+
+    choices: Mapping[str, str]  # axis -> file stem
+    config: Config
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """What a table prints about the cell; cell.json of its run folders."""
+        return {**{axis: self.choices[axis] for axis in AXES}, "seed": self.config.seed}
+
+    @property
+    def name(self) -> str:
+        return "-".join([*(self.choices[axis] for axis in AXES), f"s{self.config.seed}"])
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The chain up to the last requested step: a missing parent runs first."""
+        last = max(CHAIN.index(step) for step in self.config.stage.steps)
+        return CHAIN[: last + 1]
+
+
+def cell_of(composed: Composed) -> Cell:
+    return Cell(composed.choices, composed.config)
+
+
+def identity(value: Any) -> Any:
+    """JSON-able content of a config node without the fields marked `unidentified()`."""
+    if is_dataclass(value):
+        return {
+            field.name: identity(getattr(value, field.name))
+            for field in fields(value)
+            if field.metadata.get("identity", True)
+        }
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(key): identity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity(item) for item in value]
+    return value
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_ids(cell: Cell, sources: Sources) -> dict[Step, str]:
+    """Run id of every step of the cell's chain, parents included in their children's digest."""
+    config = cell.config
+    parts = {
+        "numerics": NUMERICS_VERSION,
+        "llm": {**_part(config.llm, sources, config), "chat_format": None},  # the recipes below name it
+        "vision": _part(config.vision, sources, config),
+        "resolution": identity(config.resolution),
+        "projector": identity(config.projector),
+        "seed": config.seed,
+    }
+    ids: dict[Step, str] = {}
+    for step in cell.steps:
+        content = {**parts, "parent": ids.get(PARENT[step]) if step in PARENT else None, **_own(cell, step, sources)}
+        ids[step] = f"{cell.name}.{step.name}.{digest(content)}"
+    return ids
+
+
+def _part(part: Any, sources: Sources, config: Config) -> dict[str, Any]:
+    return {**identity(part), "weights": sources.weights(part.weights, config.paths), "shape": load_shape(part.shape)}
+
+
+def _own(cell: Cell, step: Step, sources: Sources) -> dict[str, Any]:
+    config = cell.config
+    if step is Step.evaluate:
+        profile = config.stage.evaluate.profile.name
+        tasks = {
+            name: {
+                "code": task.code,
+                "max_new_tokens": task.max_new_tokens[profile],
+                "data": sources.task(task.data, config.paths),
+            }
+            for name, task in config.suite.tasks.items()
+        }
+        chat = load_chat_format(config.llm.chat_format)
+        return {"recipe": identity(config.stage.evaluate), "chat": chat, "tasks": tasks}
+    recipe = config.stage.pretrain if step is Step.pretrain else config.stage.finetune
+    data = config.pretrain_data if step is Step.pretrain else config.finetune_data
+    return {
+        "recipe": identity(recipe),
+        "chat": load_chat_format(recipe.chat_format or config.llm.chat_format),
+        "data": sources.data(data, config.paths, config.on_bad_image),
+    }

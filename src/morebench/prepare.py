@@ -1,0 +1,67 @@
+"""Build the data and the tiny parts that cells start from and that are not here yet."""
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from morebench.config.compose import build
+from morebench.config.schema import Config
+from morebench.errors import RunError
+from morebench.models.weights import built_folder
+
+
+def prepare(configs: Iterable[Config]) -> None:
+    """Call every `build` recipe whose folder does not exist, one process each, as many as there are cores.
+
+    Raises RunError when the place for runs cannot be written: nothing is built in that case.
+    """
+    missing: dict[Path, Mapping[str, Any]] = {}
+    for config in configs:
+        check_writable(Path(config.paths.runs))
+        for folder, recipe in _recipes(config):
+            if not folder.exists():
+                missing[folder] = recipe
+    if not missing:
+        return
+    print(f"building {', '.join(folder.name for folder in missing)}", file=sys.stderr)
+    context = multiprocessing.get_context("spawn")
+    begun = time.monotonic()
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_one_thread) as pool:
+        jobs = {pool.submit(_build, dict(recipe), folder): folder for folder, recipe in missing.items()}
+        for job in as_completed(jobs):
+            job.result()
+            print(f"built {jobs[job].name} after {time.monotonic() - begun:.0f} s", file=sys.stderr)
+
+
+def check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be written ({error.strerror}). Name a folder that can be: paths.runs=FOLDER"
+        ) from error
+
+
+def _recipes(config: Config) -> Iterable[tuple[Path, Mapping[str, Any]]]:
+    for data in (config.pretrain_data, config.finetune_data, *(task.data for task in config.suite.tasks.values())):
+        if data.build is not None:
+            yield Path(config.paths.data) / data.folder, data.build
+    for weights in (config.llm.weights, config.vision.weights):
+        if weights.build is not None:
+            yield built_folder(weights, config.paths), weights.build
+
+
+def _one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+
+def _build(recipe: dict[str, Any], folder: Path) -> None:
+    build(recipe, folder=folder)

@@ -1,0 +1,66 @@
+"""How the commands print a plan and its outcomes."""
+
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from morebench.errors import EXIT_DONE
+from morebench.matrix import ledger
+from morebench.matrix.cell import CHAIN
+from morebench.matrix.launch import Outcome
+from morebench.matrix.ledger import State
+from morebench.matrix.plan import Plan
+
+_STYLE = {State.done: "green", State.running: "cyan", State.failed: "red", State.interrupted: "yellow"}
+
+
+def print_plan(plan: Plan, file: TextIO = sys.stdout) -> None:
+    """One row a cell, one column a step, then what will run and what is shared."""
+    console = Console(file=file)
+    table = Table(box=None, header_style="bold")
+    table.add_column("cell", no_wrap=True)
+    for step in CHAIN:
+        table.add_column(step.name, no_wrap=True)
+    for cell, ids in zip(plan.cells, plan.ids, strict=True):
+        row = []
+        for step in CHAIN:
+            if step not in ids:
+                row.append("")
+                continue
+            run = plan.runs[ids[step]]
+            shared = f" (shared by {len(run.shared_by)})" if len(run.shared_by) > 1 else ""
+            style = _STYLE.get(run.state, "default")
+            row.append(f"[{style}]{run.state.name}[/]{shared}")
+        table.add_row(cell.name, *row)
+    console.print(table)
+    done = len(plan.runs) - len(plan.todo())
+    console.print(f"{len(plan.cells)} cells, {len(plan.runs)} runs: {done} done, {len(plan.todo())} to do.")
+    if plan.missing_sources:
+        console.print("Not on this machine, so that run ids are provisional:")
+        for sentence in plan.missing_sources:
+            console.print(f"  {escape(sentence)}", highlight=False, soft_wrap=True)
+
+
+def print_failures(plan: Plan, file: TextIO = sys.stdout) -> None:
+    console = Console(file=file)
+    for run in plan.runs.values():
+        if run.state in (State.failed, State.interrupted):
+            reason = ledger.last_message(run.folder) or "killed; the next start continues"
+            console.print(f"{run.run_id}: {escape(reason)}", highlight=False, soft_wrap=True)
+
+
+def print_outcomes(plan: Plan, outcomes: Sequence[Outcome], file: TextIO = sys.stdout) -> None:
+    console = Console(file=file)
+    failed = [outcome for outcome in outcomes if outcome.exit_code != EXIT_DONE]
+    for outcome in failed:
+        console.print(
+            f"[red]exit {outcome.exit_code}[/] {outcome.run.run_id}: {escape(outcome.message)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    done = sum(ledger.is_done(run.folder) for run in plan.runs.values())
+    console.print(f"{done} of {len(plan.runs)} runs done." + (f" {len(failed)} failed." if failed else ""))

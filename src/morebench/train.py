@@ -1,0 +1,66 @@
+"""Train and evaluate cells: `python -m morebench.train [-m] OVERRIDE ...` (see --help)."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from morebench.config.assemble import assemble
+from morebench.config.compose import CONF_DIR, register
+from morebench.config.experiments import expand
+from morebench.config.overrides import check
+from morebench.entry import fail
+from morebench.errors import EXIT_DONE, EXIT_FAILED, MorebenchError, WeightsError, join_problems
+from morebench.matrix.cell import cell_of
+from morebench.matrix.plan import make_plan
+from morebench.prepare import prepare
+
+
+def launch_cells(job_overrides: Sequence[Sequence[str]], options: Mapping[str, Any]) -> int:
+    """Plan the cells, run what is missing, print where everything stands; returns the exit code."""
+    from morebench.matrix.launch import launch_local
+    from morebench.show import print_outcomes, print_plan
+
+    cells = [cell_of(composed) for composed in assemble(job_overrides)]
+    prepare([cell.config for cell in cells])
+    plan = make_plan(cells)
+    if plan.missing_sources:
+        raise WeightsError(join_problems(plan.missing_sources))
+    print_plan(plan, sys.stderr)
+    outcomes = launch_local(plan, options.get("n_jobs"))
+    print_outcomes(plan, outcomes, sys.stderr)
+    codes = {outcome.exit_code for outcome in outcomes} - {EXIT_DONE}
+    return codes.pop() if len(codes) == 1 else EXIT_FAILED if codes else EXIT_DONE
+
+
+def main() -> None:
+    import hydra
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.hydra_config import HydraConfig
+
+    register()
+    arguments = get_args_parser().parse_args()
+    try:
+        check(arguments.overrides, multirun=arguments.multirun)
+    except MorebenchError as error:
+        fail(error)
+
+    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
+    def one_cell(tree: Any) -> None:
+        hydra_config = HydraConfig.get()
+        options = {key: value for key, value in hydra_config.launcher.items() if key != "_target_"}
+        run_and_exit([*expand(list(hydra_config.overrides.task))], options)
+
+    one_cell()
+
+
+def run_and_exit(job_overrides: Sequence[Sequence[str]], options: Mapping[str, Any]) -> None:
+    """Leave with our exit code: Hydra would turn any failure into 1."""
+    try:
+        code = launch_cells(job_overrides, options)
+    except MorebenchError as error:
+        fail(error)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
