@@ -1,0 +1,83 @@
+"""Attention over a packed batch that never crosses sample borders, registered with transformers.
+
+The borders come from the batch itself (`cu_seqlens`), so no T x T mask of the whole pack is ever built and
+the cost is the sum of T_i^2. transformers' own packing path needs `use_cache=False` and position ids that
+restart, and leaks silently between samples when either is missing.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+# Deliberately not registered in transformers' AttentionMaskInterface: then no mask is built at all.
+VARLEN = "morebench_varlen"
+
+
+def varlen_attention(
+    module: nn.Module,
+    query_1HTK: Tensor,
+    key_1GTK: Tensor,
+    value_1GTK: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seqlens: Sequence[int] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each sample; H query heads share G key heads. -> `[1, T, H, K]`.
+
+    `cu_seqlens` are the N + 1 sample borders as Python integers: a tensor would cost one device
+    synchronisation a layer.
+    """
+    if cu_seqlens is None or attention_mask is not None or dropout:
+        raise ValueError(
+            f"{VARLEN} needs cu_seqlens, no mask and no dropout; found cu_seqlens={cu_seqlens}, "
+            f"mask={attention_mask is not None}, dropout={dropout}. To generate with a cache, call "
+            "llm.set_attn_implementation('eager') first."
+        )
+    scale = query_1HTK.shape[-1] ** -0.5 if scaling is None else scaling
+    outputs = [
+        _one_sample(
+            query_1HTK[:, :, start:end],
+            key_1GTK[:, :, start:end],
+            value_1GTK[:, :, start:end],
+            scale,
+            softcap,
+            sliding_window,
+        )
+        for start, end in pairwise(cu_seqlens)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _one_sample(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
+) -> Tensor:
+    length = query.shape[2]
+    windowed = window is not None and window < length
+    if softcap is None and not windowed:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril_()
+    if windowed:
+        assert window is not None
+        visible = visible.triu_(1 - window)
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, scale=scale, enable_gqa=True
+        )
+    num_groups = key.shape[1]
+    grouped = query.unflatten(1, (num_groups, -1))  # heads of one group read the same keys: no repeated copy
+    scores = torch.tanh(grouped @ key.unsqueeze(2).mT * (scale / softcap)) * softcap
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32)
+    return (weights.to(query.dtype) @ value.unsqueeze(2)).flatten(1, 2)
+
+
+AttentionInterface.register(VARLEN, varlen_attention)

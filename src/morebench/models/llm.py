@@ -1,0 +1,80 @@
+"""Causal language models of transformers, loaded from local safetensors only."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from morebench.config.compose import load_shape
+from morebench.config.schema import LLM
+from morebench.errors import WeightsError, join_problems
+from morebench.models.attention import VARLEN
+
+# Fields that transformers folds into `rope_parameters`, whatever a published config.json calls them.
+_ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+
+
+def llm_config(shape: Mapping[str, Any]) -> PretrainedConfig:
+    fields = {key: value for key, value in shape.items() if key != "model_type"}
+    return AutoConfig.for_model(shape["model_type"], **fields)
+
+
+def load_llm(config: LLM, folder: Path | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The LLM with packed attention. `folder` None: random weights of the shape.
+
+    Raises WeightsError if the folder's config.json differs from the shape, or has no safetensors.
+    """
+    expected = llm_config(load_shape(config.shape))
+    if folder is None:
+        return AutoModelForCausalLM.from_config(expected, dtype=dtype, attn_implementation=VARLEN)
+    check_config(load_shape(config.shape), folder, config.shape)
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsError(
+            f"{folder} has no *.safetensors file. Only safetensors are read; convert it first."
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=VARLEN, use_safetensors=True, local_files_only=True
+    )
+
+
+def check_config(shape: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Raise one WeightsError that lists every field of `shape` that `folder`/config.json contradicts."""
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder} has no config.json, so it is not a folder of transformers weights.")
+    expected = llm_config(shape)
+    found = AutoConfig.from_pretrained(folder, local_files_only=True)
+    problems = []
+    for field in sorted({"rope_parameters" if key in _ROPE_FIELDS else key for key in shape}):
+        wanted, got = getattr(expected, field, None), getattr(found, field, None)
+        if wanted != got:
+            problems.append(f"{field}: conf/shapes/{name} says {wanted}, {folder / 'config.json'} says {got}")
+    if problems:
+        raise WeightsError(
+            join_problems(
+                [*problems, "Use the weights the shape describes, or give them a shape file of their own."]
+            )
+        )
+
+
+def load_tokenizer(config: LLM, folder: Path) -> PreTrainedTokenizerFast:
+    """The folder's fast tokenizer with the config's pad token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise WeightsError(
+            f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}); a fast one is needed."
+        )
+    if config.pad_token not in tokenizer.get_vocab():
+        raise WeightsError(
+            f"pad_token {config.pad_token!r} is not in the vocabulary of the tokenizer in {folder}."
+        )
+    tokenizer.pad_token = config.pad_token
+    return tokenizer

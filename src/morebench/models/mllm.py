@@ -1,0 +1,102 @@
+"""The whole: vision encoder, projector and LLM on one packed batch, down to the loss."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from morebench.data.batch import Batch
+from morebench.models.projector import MLPProjector
+from morebench.models.vision import VisionEncoder
+
+# Logits held at once: 1 GiB in fp32.
+_LOGITS_PER_CHUNK = 2**28
+
+
+class MLLM(nn.Module):
+    """Every batch runs every trained module, whatever it holds.
+
+    A batch may be text-only, without supervised tokens, or empty. Ranks that shard or reduce gradients wait
+    for each other in every module, so a missing one would hang them: `forward` puts a stand-in of one token
+    (one feature for the projector) with weight zero where there is nothing. The vision encoder gets none: it
+    is frozen.
+    """
+
+    def __init__(
+        self, vision: VisionEncoder, projector: MLPProjector, llm: PreTrainedModel, visual_scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.projector = projector
+        self.llm = llm
+        self.visual_scale = visual_scale
+
+    def train(self, mode: bool = True) -> "MLLM":
+        super().train(mode)
+        self.get_submodule("vision").eval()  # frozen
+        return self
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss summed over the batch's targets, fp32. The caller divides by `batch.num_supervised`."""
+        embeds_TD, weightless = self._embed_batch(batch)
+        empty = len(embeds_TD) == 0
+        if empty:
+            embeds_TD = self.llm.get_input_embeddings()(batch.input_ids.new_zeros(1))
+        hidden_TD = self.llm.base_model(
+            inputs_embeds=embeds_TD[None],
+            position_ids=batch.position_ids.new_zeros(1, 1) if empty else batch.position_ids[None],
+            use_cache=False,
+            cu_seqlens=[0, 1] if empty else batch.cu_seqlens.tolist(),
+        ).last_hidden_state[0]
+        if len(batch.targets) == 0:
+            return 0.0 * (self._loss_sum(hidden_TD[:1], batch.targets.new_zeros(1)) + weightless)
+        return self._loss_sum(hidden_TD[batch.target_positions], batch.targets) + weightless
+
+    def encode_images(self, pixels_I3HW: Tensor) -> Tensor:
+        """-> visual tokens `[I, V, D]`, ready for `embed`."""
+        with torch.no_grad(), torch.autocast(pixels_I3HW.device.type, enabled=False):
+            dtype = next(self.get_submodule("vision").parameters()).dtype
+            features_IVC = self.vision(pixels_I3HW.to(dtype))
+        visual_IVD = self.projector(features_IVC.to(self._projector_dtype()))
+        return visual_IVD * self.visual_scale
+
+    def embed(self, input_ids_T: Tensor, visual_positions: Tensor, visual_IVD: Tensor) -> Tensor:
+        """-> `[T, D]`: token embeddings with the visual tokens (of `encode_images`) in their places."""
+        embeds_TD = self.llm.get_input_embeddings()(input_ids_T)
+        visual_PD = visual_IVD.flatten(0, 1)
+        if len(visual_positions) != len(visual_PD):
+            raise ValueError(
+                f"{len(visual_positions)} positions are reserved for visual tokens, but {len(visual_PD)} came"
+            )
+        return embeds_TD.index_copy(0, visual_positions, visual_PD.to(embeds_TD.dtype))
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """fp32 logits of final hidden states, soft-capped where the LLM does so."""
+        logits_SZ = self.llm.get_output_embeddings()(hidden_SD).float()
+        cap = getattr(self.llm.config, "final_logit_softcapping", None)
+        return logits_SZ if cap is None else torch.tanh(logits_SZ / cap) * cap
+
+    def _embed_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The embeddings, and a zero that carries the projector's gradient path when no image does."""
+        if len(batch.pixel_values) > 0:
+            visual_IVD = self.encode_images(batch.pixel_values)
+            return self.embed(batch.input_ids, batch.visual_positions, visual_IVD), visual_IVD.new_zeros(())
+        embeds_TD = self.llm.get_input_embeddings()(batch.input_ids)
+        feature_1C = torch.zeros(1, self.projector.vision_dim, device=embeds_TD.device)
+        return embeds_TD, 0.0 * self.projector(feature_1C.to(self._projector_dtype())).sum().float()
+
+    def _loss_sum(self, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
+        size = max(1, _LOGITS_PER_CHUNK // self.llm.config.vocab_size)
+        pieces = list(zip(hidden_SD.split(size), targets_S.split(size), strict=True))
+        if len(pieces) == 1:
+            return self._chunk_loss(*pieces[0])
+        # Logits of one chunk at a time, in backward too: they are cheaper to compute again than to keep.
+        losses = [checkpoint(self._chunk_loss, *piece, use_reentrant=False) for piece in pieces]
+        return torch.stack(losses).sum()
+
+    def _chunk_loss(self, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
+        return cross_entropy(self.logits(hidden_SD), targets_S, reduction="sum")
+
+    def _projector_dtype(self) -> torch.dtype:
+        return next(self.projector.parameters()).dtype

@@ -1,0 +1,89 @@
+"""Where starting weights lie on this machine, and what they hash to. No torch: planning needs both."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from morebench.config.schema import Config, Part, Paths, Weights
+from morebench.errors import WeightsError, join_problems
+
+_HASHED = (".safetensors", ".json")
+
+
+def locate(weights: Weights, paths: Paths) -> Path | None:
+    """The local folder of these weights, or None if they are not on this machine. Never downloads.
+
+    Hub weights: `<paths.weights>/<hub_id>`, else the Hugging Face cache.
+    """
+    if weights.build is not None:
+        folder = built_folder(weights, paths)
+        return folder if folder.is_dir() else None
+    if weights.hub_id is None:
+        return None
+    folder = Path(paths.weights) / weights.hub_id
+    return folder if folder.is_dir() else _cached_snapshot(weights.hub_id, weights.revision)
+
+
+def built_folder(weights: Weights, paths: Paths) -> Path:
+    """Where the recipe `weights.build` puts its part; another recipe gets another folder."""
+    assert weights.build is not None
+    name = weights.build["_target_"].rsplit(".", 2)[-2]
+    recipe = json.dumps(weights.build, sort_keys=True)
+    return Path(paths.cache) / "parts" / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+
+
+def starting_weights(config: Config) -> dict[Part, Path]:
+    """The folders of the LLM's and the vision encoder's weights. Raises one WeightsError for all missing."""
+    found, problems = {}, []
+    for part, weights in ((Part.llm, config.llm.weights), (Part.vision, config.vision.weights)):
+        folder = locate(weights, config.paths)
+        if folder is not None:
+            found[part] = folder
+        elif weights.build is not None:
+            problems.append(f"{part.name}: {built_folder(weights, config.paths)} is not built yet.")
+        else:
+            local = Path(config.paths.weights) / str(weights.hub_id)
+            problems.append(
+                f"{part.name}: {weights.hub_id} is neither in {local} nor in the Hugging Face cache. "
+                f"Run: hf download {weights.hub_id} --revision {weights.revision or 'main'}"
+            )
+    if problems:
+        raise WeightsError(join_problems(problems))
+    return found
+
+
+def folder_hash(folder: Path, cache: Path) -> str:
+    """sha256 over the names and contents of the folder's *.safetensors and *.json.
+
+    Contents are read once: a file of unchanged size and mtime keeps the hash remembered below `cache`.
+    """
+    memory_file = cache / "hashes" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
+    memory = json.loads(memory_file.read_text()) if memory_file.is_file() else {}
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in _HASHED and path.is_file()):
+        name, stat = path.relative_to(folder).as_posix(), path.stat()
+        size, mtime_ns, digest = memory.get(name, (None, None, ""))
+        if (size, mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[name] = (stat.st_size, stat.st_mtime_ns, digest)
+    if not files:
+        raise WeightsError(f"{folder} has neither *.safetensors nor *.json: these are no weights.")
+    if {name: tuple(entry) for name, entry in memory.items()} != files:
+        memory_file.parent.mkdir(parents=True, exist_ok=True)
+        aside = memory_file.with_name(f"{memory_file.name}.tmp-{os.getpid()}")
+        aside.write_text(json.dumps(files))
+        aside.replace(memory_file)
+    listing = "\n".join(f"{name} {digest}" for name, (_, _, digest) in files.items())
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("config.json", "open_clip_config.json"):
+        path = try_to_load_from_cache(hub_id, name, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent
+    return None
