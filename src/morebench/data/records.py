@@ -44,9 +44,11 @@ def parse_records(content: bytes, path: Path) -> list[Sample]:
     samples, problems = [], []
     for index, raw in enumerate(records):
         try:
-            samples.append(parse_record(raw, f"{path.name}: record {index}"))
+            samples.append(parse_record(raw, f"{path}: record {index}"))
         except DataError as error:
             problems.append(str(error))
+    if len(problems) == 1:
+        raise DataError(problems[0])
     if problems:
         head = f"{len(problems)} of {len(records)} records in {path} cannot be used:"
         raise DataError(f"{head}\n{join_problems(problems)}")
@@ -113,7 +115,8 @@ def _parse_turns(raw: Mapping[Any, Any], where: str) -> tuple[Turn, ...]:
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("value"), str):
             raise DataError(
-                f"{where}: message {number} of `conversations` is not an object with `from` and a text `value`."
+                f"{where}: message {number} of `conversations` is not an object with `from` and a text "
+                f"`value`: {str(message)[:60]!r}."
             )
         _check_text(message["value"], f"{where}: message {number} of `conversations`")
         roles.append(message.get("from"))
