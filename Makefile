@@ -6,7 +6,7 @@ STAMP   := $(VENV)/.installed
 LAUNCHER ?= local
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format ui bench clean
+.PHONY: help install demo test check format ui lock
 
 help: ## this list
 	@grep -hE '^[a-zA-Z_%-]+:.*?## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sed 's/%/NAME/' | expand -t 16
@@ -51,6 +51,3 @@ format: $(STAMP) ## format the code and mend what lint can mend
 lock: ## resolve requirements.lock again
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url --universal \
 	  --python-version 3.11 --quiet -o requirements.lock
-
-clean: ## delete runs, built data and reports (not the installation)
-	rm -rf runs data/digits cache reports mlflow.db

@@ -49,9 +49,8 @@ def _check_values(overrides: Sequence[Override], chosen: Sequence[str]) -> Itera
         return
     config = compose_config(list(chosen)).config
     for override in overrides:
-        if override.key.startswith("hydra."):
-            continue
-        if problem := _missing_key(config, override):
+        ours = not override.key.startswith("hydra.")
+        if ours and (problem := _missing_key(config, override)):
             yield problem
             continue
         for value in override.values:

@@ -77,7 +77,7 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
         lines = (folder / ATTEMPTS).read_text().splitlines()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a torn last line was never finished
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def owner(folder: Path) -> Owner | None:
@@ -170,7 +170,7 @@ def end_attempt(folder: Path, number: int, exit_code: int, message: str) -> None
 
 def _append(folder: Path, line: dict[str, Any]) -> None:
     with (folder / ATTEMPTS).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" + json.dumps(line) + "\n")  # ends a line that a killed process tore
         file.flush()
         os.fsync(file.fileno())
 

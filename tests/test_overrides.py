@@ -1,0 +1,52 @@
+"""Mistakes are found before Hydra runs, all at once, each with the nearest right name."""
+
+import pytest
+
+from morebench.config.overrides import check
+from morebench.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("llm=gema2_tiny", ["llm=gema2_tiny", "Did you mean gemma2_tiny?"]),
+        ("vision=clip,sigl1p2", ["sigl1p2", "Did you mean siglip2?"]),
+        ("stage.finetune.optimizer.lrr=1", ["Did you mean stage.finetune.optimizer.lr?"]),
+        ("stage.finetune.optimizer.lr=fast", ["stage.finetune.optimizer.lr=fast", "fast"]),
+        ("stage.finetune.precision=bf16,fp61", ["fp61", "bf16"]),
+        ("sede=1", ["Did you mean seed?"]),
+        ("seed.x=1", ["seed has no keys below it"]),
+        ("+llm.foo=1", ["+llm.foo=1", "chosen, not grown"]),
+        ("~llm", ["chosen, not grown"]),
+        ("llm", ["KEY=VALUE"]),
+        ("experiments=tabel2", ["Did you mean table2?"]),
+        ("hydra/launcher=slrum", ["Known: local"]),
+        ("trainer=cup", ["Did you mean cpu?"]),
+    ],
+)
+def test_a_mistake_names_itself_and_the_right_name(override, words):
+    with pytest.raises(ConfigError) as caught:
+        check([override])
+    assert len(str(caught.value).splitlines()) == 1
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_mistakes_are_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        check(["llm=x1", "vision=x2", "seed=x3", "+x4=1", "x5.y=1", "experiments=x6"])
+    for number in range(1, 7):
+        assert f"x{number}" in str(caught.value)
+
+
+def test_right_overrides_pass():
+    check(["llm=gemma2_9b,phi4", "vision=siglip2,clip", "seed=0,1,2", "stage.finetune.optimizer.lr=1e-5", "stage=pretrain"])
+    check(["experiments=table1,table2", "hydra/launcher=local", "hydra.launcher.n_jobs=2"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"), [("llm=phi4,gemma2_9b", "Add -m"), ("experiments=table2", "train -m experiments=table2")]
+)
+def test_one_cell_is_not_many(override, words):
+    with pytest.raises(ConfigError, match=words):
+        check([override], multirun=False)
