@@ -1,0 +1,194 @@
+"""How sure a score is: percentile bootstrap intervals that resample images, not questions.
+
+Questions about one image succeed and fail together (POPE asks 18, GQA 31.6 of each), so an image is drawn
+with all its questions. With one question per image this is the ordinary bootstrap over items.
+`benchmarks/interval_coverage.py` measures how often the interval holds the truth.
+"""
+
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from morebench.errors import MorebenchError
+from morebench.evaluation.tasks.benchmark import Scored
+
+CONFIDENCE = 0.95
+RESAMPLES = 2_000
+AGGREGATE_RESAMPLES = 1_000  # of aggregates that run in Python
+CHUNK = 4_000_000  # draws held in memory at once
+
+Aggregate = Callable[[list[Scored]], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SumStatistic:
+    """A metric that depends on the items through sums alone, so that all resamples are one matrix product."""
+
+    sums_of: np.ndarray  # [N, K]: what is summed, a row per item
+    of_sums: Callable[[np.ndarray], np.ndarray]  # sums [R, K] -> values [R]
+
+    def value(self, chosen: Sequence[int] | None = None) -> float:
+        rows_NK = self.sums_of if chosen is None else self.sums_of[list(chosen)]
+        return float(self.of_sums(rows_NK.sum(axis=0, keepdims=True))[0])
+
+
+def metric_intervals(
+    aggregate: Aggregate,
+    items: Sequence[Scored],
+    images: Sequence[str],
+    metrics: Collection[str],
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Intervals of `metrics`, keys of what `aggregate` returns. `images[i]` is the image item i asks about.
+
+    A metric that proves to be a mean or an F1 takes the fast path; any other is aggregated for each resample.
+    """
+    fast = {name: found for name in metrics if (found := _as_sums(aggregate, items, name)) is not None}
+    intervals = {name: sums_interval(statistic, images, seed=seed) for name, statistic in fast.items()}
+    if slow := set(metrics) - set(fast):
+        resampled = aggregate_intervals(aggregate, items, images, seed=seed)
+        intervals |= {name: resampled[name] for name in slow}
+    return intervals
+
+
+def mean_of(scores: Sequence[float]) -> SumStatistic:
+    scores_N = np.asarray(scores, dtype=float)
+    return SumStatistic(
+        np.stack([scores_N, np.ones_like(scores_N)], axis=1), lambda sums: sums[:, 0] / sums[:, 1]
+    )
+
+
+def f1_of(answers: Sequence[str], predictions: Sequence[str | None]) -> SumStatistic:
+    """F1 of "yes". An answer that is neither yes nor no is in no count, as in POPE."""
+    pairs = list(zip(answers, predictions, strict=True))
+    outcomes = (("yes", "yes"), ("no", "yes"), ("yes", "no"))  # hit, false alarm, miss
+    columns_NK = np.array([[pair == outcome for outcome in outcomes] for pair in pairs], dtype=float)
+
+    def f1(sums: np.ndarray) -> np.ndarray:
+        hits, false_alarms, misses = sums.T
+        return 2 * hits / np.maximum(2 * hits + false_alarms + misses, 1.0)  # no yes at all: 0
+
+    return SumStatistic(columns_NK, f1)
+
+
+def sums_interval(
+    statistic: SumStatistic, images: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """If every item scored 0, or every one 1, resampling could only repeat it: the exact binomial
+    (Clopper-Pearson) bound over images stands in.
+    """
+    units_N = _unit_numbers(images)
+    num_units = int(units_N.max()) + 1
+    sums_UK = np.zeros((num_units, statistic.sums_of.shape[1]))
+    np.add.at(sums_UK, units_N, statistic.sums_of)
+    chunks = (
+        np.stack([np.bincount(drawn, minlength=num_units) for drawn in chunk]) @ sums_UK
+        for chunk in _draws(num_units, resamples, seed)
+    )
+    values_R = np.concatenate([statistic.of_sums(chunk) for chunk in chunks])
+    if (values_R == values_R[0]).all() and values_R[0] in (0.0, 1.0):
+        reach = 1.0 - ((1.0 - CONFIDENCE) / 2) ** (1.0 / num_units)
+        return Interval(0.0, reach) if values_R[0] == 0.0 else Interval(1.0 - reach, 1.0)
+    return _percentiles(values_R)
+
+
+def aggregate_intervals(
+    aggregate: Aggregate,
+    items: Sequence[Scored],
+    images: Sequence[str],
+    resamples: int = AGGREGATE_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Intervals of everything `aggregate` returns, by running it on every resample."""
+    units = _unit_numbers(images)
+    names = _naming_fields(items, units)
+    members: list[list[Scored]] = [[] for _ in set(images)]
+    for item, unit in zip(items, units, strict=True):
+        members[unit].append(item)
+
+    copies: dict[tuple[int, int], list[Scored]] = {}
+
+    def copy(unit: int, number: int) -> list[Scored]:
+        if (unit, number) not in copies:
+            copies[unit, number] = [_renamed(item, names, number) for item in members[unit]]
+        return copies[unit, number]
+
+    values: dict[str, list[float]] = {}
+    for chunk in _draws(len(members), resamples, seed):
+        for drawn in chunk.tolist():
+            times: dict[int, int] = {}
+            resample: list[Scored] = []
+            for unit in drawn:
+                times[unit] = times.get(unit, 0) + 1
+                resample += copy(unit, times[unit])
+            for metric, value in aggregate(resample).items():
+                values.setdefault(metric, []).append(value)
+    return {metric: _percentiles(np.asarray(found)) for metric, found in values.items()}
+
+
+def _as_sums(aggregate: Aggregate, items: Sequence[Scored], metric: str) -> SumStatistic | None:
+    """The sums behind a metric, if they give what `aggregate` gives on all items and on two halves."""
+    candidates = [mean_of([item.score for item in items])]
+    if all("answer" in item.record for item in items):
+        candidates.append(f1_of([item.record["answer"] for item in items], [item.parsed for item in items]))
+    middle = len(items) // 2
+    samples = [range(len(items)), range(middle), range(middle, len(items))]
+    try:
+        wanted = [aggregate([items[i] for i in sample])[metric] for sample in samples if sample]
+    except (MorebenchError, KeyError):  # an aggregate that refuses half of the items is no sum over them
+        return None
+    for candidate in candidates:
+        found = [candidate.value(sample) for sample in samples if sample]
+        if np.allclose(found, wanted, rtol=0, atol=1e-9):
+            return candidate
+    return None
+
+
+def _naming_fields(items: Sequence[Scored], units: np.ndarray) -> list[str]:
+    """Record fields that tell images apart: none of their values stands with two images."""
+    fields = set.intersection(*(set(item.record) for item in items))
+    naming = []
+    for field in sorted(fields):
+        owner: dict[Hashable, int] = {}
+        if all(
+            owner.setdefault(item.record[field], unit) == unit
+            for item, unit in zip(items, units, strict=True)
+        ):
+            naming.append(field)
+    return naming
+
+
+def _renamed(item: Scored, fields: Sequence[str], copy: int) -> Scored:
+    """An image drawn twice counts as two images, also for an aggregate that groups by name (MME's pairs)."""
+    if copy == 1:
+        return item
+    return replace(
+        item, record={**item.record, **{field: f"{item.record[field]}#{copy}" for field in fields}}
+    )
+
+
+def _percentiles(values: np.ndarray) -> Interval:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return Interval(float(low), float(high))
+
+
+def _unit_numbers(images: Sequence[str]) -> np.ndarray:
+    """0-based number of each item's image, in order of first appearance."""
+    seen: dict[str, int] = {}
+    return np.array([seen.setdefault(image, len(seen)) for image in images], dtype=np.int64)
+
+
+def _draws(num_units: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """All resamples, in chunks [r, num_units] of drawn unit numbers."""
+    generator = np.random.default_rng(seed)
+    rows = max(1, CHUNK // num_units)
+    for start in range(0, resamples, rows):
+        yield generator.integers(0, num_units, size=(min(rows, resamples - start), num_units))
