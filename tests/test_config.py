@@ -86,8 +86,11 @@ def test_tables_have_the_papers_cells(name, count):
 
 
 def test_a_union_of_experiments_has_each_cell_once():
-    rows = expand(["experiments=table1,table2,table3,table4"])
-    assert sorted(rows) == sorted(expand(["experiments=all"]))
+    def cells(names):
+        return {tuple(text for text in row if "experiments" not in text) for row in expand([f"experiments={names}"])}
+
+    assert len(expand(["experiments=table1,table2,table3,table4"])) == 23
+    assert cells("table1,table2,table3,table4") == cells("all")
 
 
 @pytest.mark.parametrize("name", experiment_names())
@@ -101,7 +104,7 @@ def test_cells_differ_only_along_declared_axes(name):
 def test_experiments_narrow_and_multiply():
     rows = expand(["experiments=table2", "llm=phi4", "seed=0,1"])
     assert len(rows) == 10
-    assert {row[1] for row in rows} == {"llm=phi4"}
+    assert all("llm=phi4" in row and "experiments=table2" in row for row in rows)
     with pytest.raises(ConfigError, match="no cell of table2 has it"):
         expand(["experiments=table2", "llm=phi2"])
 

@@ -64,6 +64,8 @@ def _rows(block: Mapping[str, Any]) -> tuple[list[Assignment], list[str]]:
 def expand(overrides: Sequence[str]) -> list[list[str]]:
     """Override lists of all cells: the union of the experiments, times the sweeps, duplicates removed.
 
+    A row keeps the name of the (first) experiment it comes from as `experiments=NAME`.
+
     An override of an axis that an experiment lists narrows it (only cells with one of the named choices
     stay, and it is an error if none does); any other override multiplies or replaces.
     """
@@ -74,7 +76,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     rest = [override for override in parsed if override.key != "experiments"]
     if not names:
         return [_as_overrides(row) for row in _unique(_product(rest))]
-    cells = _unique(cell for name in names for cell in load_experiment(name).cells)
+    cells = _unique({**cell, "experiments": name} for name in names for cell in load_experiment(name).cells)
     narrowing = [override for override in rest if override.key in AXES]
     for override in narrowing:
         kept = [cell for cell in cells if cell[override.key] in override.values]
@@ -105,7 +107,11 @@ def _as_overrides(row: Assignment) -> list[str]:
 
 
 def _unique(rows: Iterable[Assignment]) -> list[Assignment]:
-    return list({tuple(sorted(row.items())): row for row in rows}.values())
+    """The first of equal rows; which experiment named a cell does not make it another one."""
+    found: dict[frozenset[tuple[str, str]], Assignment] = {}
+    for row in rows:
+        found.setdefault(frozenset(item for item in row.items() if item[0] != "experiments"), row)
+    return list(found.values())
 
 
 def _as_list(values: Any) -> list[Any]:

@@ -265,7 +265,7 @@ class Config:
     paths: Paths
     seed: int
     on_bad_image: ImagePolicy
-    experiments: str | None  # names of files in experiments/, comma-separated; needs -m
+    experiments: str | None  # files in experiments/ (-m experiments=a,b); in a cell, the one it comes from
 
 
 AXES = ("llm", "vision", "resolution", "pretrain_data")

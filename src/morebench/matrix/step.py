@@ -64,7 +64,7 @@ def _run(folder: Path) -> None:
     }
     cell = json.loads((folder / "cell.json").read_text())
     name = "-".join(str(value) for value in cell.values())
-    mirror = Mirror(config.tracking, folder, name, step.name, config.tracking.experiment)
+    mirror = Mirror(config.tracking, folder, name, step.name, config.experiments)
     mirror.start()
     status = "FAILED"
     try:
