@@ -36,13 +36,17 @@ def test_every_choice_composes(group, choice):
 
 @pytest.mark.parametrize("group", ["llm", "vision", "resolution", "pretrain_data", "finetune_data", "suite"])
 def test_labels_are_unique_in_a_group(group):
-    labels = [yaml.safe_load((CONF_DIR / group / f"{choice}.yaml").read_text())["label"] for choice in options(group)]
+    labels = [
+        yaml.safe_load((CONF_DIR / group / f"{choice}.yaml").read_text())["label"]
+        for choice in options(group)
+    ]
     assert len(set(labels)) == len(labels)
 
 
 def test_every_choice_of_the_design_is_there():
     assert set(options("llm")) >= {
-        "gemma2_2b", "phi4", "llama31_8b", "deepseek_r1_llama_8b", "gemma2_9b", "vicuna_7b", "llama3_8b", "phi2",
+        "gemma2_2b", "phi4", "llama31_8b", "deepseek_r1_llama_8b", "gemma2_9b", "vicuna_7b", "llama3_8b",
+        "phi2",
         "gemma2_tiny", "phi_tiny", "llama_tiny",
     }  # fmt: skip
     assert set(options("vision")) >= {
@@ -79,7 +83,9 @@ def test_axis_files_hold_nothing_tunable():
             assert not found & (tunable - {"chat_format"}), f"{axis}={choice}"
 
 
-@pytest.mark.parametrize(("name", "count"), [("table1", 5), ("table2", 10), ("table3", 8), ("table4", 8), ("all", 23)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("table1", 5), ("table2", 10), ("table3", 8), ("table4", 8), ("all", 23)]
+)
 def test_tables_have_the_papers_cells(name, count):
     assert len(load_experiment(name).cells) == count
     assert len(expand([f"experiments={name}"])) == count
@@ -87,7 +93,10 @@ def test_tables_have_the_papers_cells(name, count):
 
 def test_a_union_of_experiments_has_each_cell_once():
     def cells(names):
-        return {tuple(text for text in row if "experiments" not in text) for row in expand([f"experiments={names}"])}
+        return {
+            tuple(text for text in row if "experiments" not in text)
+            for row in expand([f"experiments={names}"])
+        }
 
     assert len(expand(["experiments=table1,table2,table3,table4"])) == 23
     assert cells("table1,table2,table3,table4") == cells("all")
@@ -110,7 +119,10 @@ def test_experiments_narrow_and_multiply():
 
 
 def test_a_sweep_is_a_product():
-    assert len(expand(["llm=phi4,gemma2_9b", "vision=clip,siglip2", "stage.finetune.optimizer.lr=1e-5,2e-5"])) == 8
+    assert (
+        len(expand(["llm=phi4,gemma2_9b", "vision=clip,siglip2", "stage.finetune.optimizer.lr=1e-5,2e-5"]))
+        == 8
+    )
 
 
 def test_assembled_cells_equal_hydras_own():
@@ -143,7 +155,9 @@ def test_every_problem_of_an_experiment_file_is_named(tmp_path, monkeypatch):
         load_experiment("odd")
     for word in ("'sweep'", "axis 'vision' is not named", "block 1", "`grid:`"):
         assert word in str(caught.value)
-    write(tmp_path / "cells.yaml", {"pin": {"seed": 3}, "blocks": [{"cells": [row, row, {**row, "llm": "y"}]}]})
+    write(
+        tmp_path / "cells.yaml", {"pin": {"seed": 3}, "blocks": [{"cells": [row, row, {**row, "llm": "y"}]}]}
+    )
     assert load_experiment("cells").cells == ({"seed": "3", **row}, {"seed": "3", **row, "llm": "y"})
 
 
@@ -156,7 +170,7 @@ def test_config_survives_its_file(tmp_path):
 
 def test_a_damaged_config_file_is_named(tmp_path):
     (tmp_path / "config.yaml").write_text("llm: {labell: 1}\n")
-    with pytest.raises(ConfigError, match="config.yaml"):
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
         load_config(tmp_path / "config.yaml")
 
 

@@ -111,7 +111,9 @@ def test_one_of_many_gets_the_lock(tmp_path):
 
 
 def test_a_torn_attempt_line_is_ignored(tmp_path):
-    (tmp_path / "ATTEMPTS.jsonl").write_text('{"attempt": 1, "exit_code": 1, "message": "x"}\n{"attempt": 2, "be')
+    (tmp_path / "ATTEMPTS.jsonl").write_text(
+        '{"attempt": 1, "exit_code": 1, "message": "x"}\n{"attempt": 2, "be'
+    )
     assert ledger.state(tmp_path) is State.failed
     ledger.end_attempt(tmp_path, 3, 1, "y")
     assert [line["attempt"] for line in ledger.attempts(tmp_path)] == [1, 3]

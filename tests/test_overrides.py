@@ -40,12 +40,21 @@ def test_all_mistakes_are_reported_at_once():
 
 
 def test_right_overrides_pass():
-    check(["llm=gemma2_9b,phi4", "vision=siglip2,clip", "seed=0,1,2", "stage.finetune.optimizer.lr=1e-5", "stage=pretrain"])
+    check(
+        [
+            "llm=gemma2_9b,phi4",
+            "vision=siglip2,clip",
+            "seed=0,1,2",
+            "stage.finetune.optimizer.lr=1e-5",
+            "stage=pretrain",
+        ]
+    )
     check(["experiments=table1,table2", "hydra/launcher=local", "hydra.launcher.n_jobs=2"])
 
 
 @pytest.mark.parametrize(
-    ("override", "words"), [("llm=phi4,gemma2_9b", "Add -m"), ("experiments=table2", "train -m experiments=table2")]
+    ("override", "words"),
+    [("llm=phi4,gemma2_9b", "Add -m"), ("experiments=table2", "train -m experiments=table2")],
 )
 def test_one_cell_is_not_many(override, words):
     with pytest.raises(ConfigError, match=words):

@@ -13,14 +13,19 @@ def fail(error: MorebenchError) -> NoReturn:
     raise SystemExit(error.exit_code)
 
 
-def run(command: Callable[[Sequence[str]], int | None], help_text: str, argv: Sequence[str] | None = None) -> NoReturn:
+def run(
+    command: Callable[[Sequence[str]], int | None], help_text: str, argv: Sequence[str] | None = None
+) -> NoReturn:
     """Run a command that takes overrides only (no Hydra flags)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
         print(help_text.strip())
         raise SystemExit(EXIT_DONE)
     if flags := [argument for argument in arguments if argument.startswith("-")]:
-        print(join_problems(f"error: {flag}: this command takes KEY=VALUE and --help only" for flag in flags), file=sys.stderr)
+        print(
+            join_problems(f"error: {flag}: this command takes KEY=VALUE and --help only" for flag in flags),
+            file=sys.stderr,
+        )
         raise SystemExit(EXIT_USER)
     try:
         code = command(arguments)

@@ -51,7 +51,11 @@ def check_writable(folder: Path) -> None:
 
 
 def _recipes(config: Config) -> Iterable[tuple[Path, Mapping[str, Any]]]:
-    for data in (config.pretrain_data, config.finetune_data, *(task.data for task in config.suite.tasks.values())):
+    for data in (
+        config.pretrain_data,
+        config.finetune_data,
+        *(task.data for task in config.suite.tasks.values()),
+    ):
         if data.build is not None:
             yield Path(config.paths.data) / data.folder, data.build
     for weights in (config.llm.weights, config.vision.weights):

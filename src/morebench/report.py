@@ -39,7 +39,9 @@ def report_name(plan: Plan) -> str:
     """The experiments the cells come from, or `cells`; refuses cells of different suites in one table."""
     suites = {cell.choices["suite"] for cell in plan.cells}
     if len(suites) > 1:
-        raise ConfigError(f"One table has one set of columns, found suites {sorted(suites)}. Report them apart.")
+        raise ConfigError(
+            f"One table has one set of columns, found suites {sorted(suites)}. Report them apart."
+        )
     names = dict.fromkeys(cell.config.experiments for cell in plan.cells if cell.config.experiments)
     return "-".join(names) or "cells"
 

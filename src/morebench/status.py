@@ -1,6 +1,6 @@
 """Where every run of these cells stands, and why one failed.
 
-    python -m morebench.status experiments=digits
+python -m morebench.status experiments=digits
 """
 
 from collections.abc import Sequence

@@ -80,13 +80,21 @@ def run_ids(cell: Cell, sources: Sources) -> dict[Step, str]:
     }
     ids: dict[Step, str] = {}
     for step in cell.steps:
-        content = {**parts, "parent": ids.get(PARENT[step]) if step in PARENT else None, **_own(cell, step, sources)}
+        content = {
+            **parts,
+            "parent": ids.get(PARENT[step]) if step in PARENT else None,
+            **_own(cell, step, sources),
+        }
         ids[step] = f"{cell.name}.{step.name}.{digest(content)}"
     return ids
 
 
 def _part(part: Any, sources: Sources, config: Config) -> dict[str, Any]:
-    return {**identity(part), "weights": sources.weights(part.weights, config.paths), "shape": load_shape(part.shape)}
+    return {
+        **identity(part),
+        "weights": sources.weights(part.weights, config.paths),
+        "shape": load_shape(part.shape),
+    }
 
 
 def _own(cell: Cell, step: Step, sources: Sources) -> dict[str, Any]:

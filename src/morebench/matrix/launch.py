@@ -137,20 +137,25 @@ class _Pool:
     def _collect(self) -> None:
         busy = [worker for worker in self.workers if worker.run]
         handles = [handle for worker in busy for handle in (worker.connection, worker.process.sentinel)]
-        ready = wait(handles, timeout=_POLL_S) if handles else time.sleep(_POLL_S) or []
+        if not handles:  # everything waits for other processes
+            time.sleep(_POLL_S)
+            return
+        ready = wait(handles, timeout=_POLL_S)
         for worker in busy:
             run = worker.run
             assert run is not None
             if worker.connection in ready:
                 try:
-                    code = worker.connection.recv()
+                    code, message = worker.connection.recv()
                 except (EOFError, OSError):
                     continue  # died: its sentinel says so
                 worker.run = None
-                self._end(run, code, ledger.last_message(run.folder) if code else "")
+                self._end(run, code, message)
             elif worker.process.sentinel in ready:
                 self.workers.remove(worker)
-                died = f"its process died ({_exit_text(worker.process.exitcode)}); see {run.folder / 'log.txt'}"
+                died = (
+                    f"its process died ({_exit_text(worker.process.exitcode)}); see {run.folder / 'log.txt'}"
+                )
                 self._end(run, EXIT_INTERRUPTED if self.stopping else EXIT_FAILED, died)
 
     def _end(self, run: PlannedRun, code: int, message: str) -> None:

@@ -1,4 +1,7 @@
-"""State of a run on disk: DONE, LOCK and ATTEMPTS. No file times, no flock: both lie on shared file systems."""
+"""State of a run on disk: DONE, LOCK and ATTEMPTS.
+
+No file times and no flock: both lie on shared file systems.
+"""
 
 import hashlib
 import json
@@ -136,8 +139,8 @@ def _acquire(folder: Path, me: Owner) -> None:
                 holder = owner(folder)
                 if holder is not None and holder.is_alive():
                     raise RunError(
-                        f"{folder.name} is being run by process {holder.pid} on {holder.host}. Wait for it, or "
-                        f"delete {lock} if that process is certainly gone."
+                        f"{folder.name} is being run by process {holder.pid} on {holder.host}. "
+                        f"Wait for it, or delete {lock} if that process is certainly gone."
                     ) from None
                 if holder is not None:
                     _remove_stale(lock, holder, me)

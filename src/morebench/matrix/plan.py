@@ -46,7 +46,9 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
             run_id = own[step]
             if run_id not in runs:
                 folder = Path(cell.config.paths.runs) / run_id
-                runs[run_id] = PlannedRun(run_id, step, cell, folder, _parents(own, step), ledger.state(folder))
+                runs[run_id] = PlannedRun(
+                    run_id, step, cell, folder, _parents(own, step), ledger.state(folder)
+                )
             runs[run_id].shared_by.append(cell.name)
     return Plan(cells, ids, runs, list(sources.missing))
 

@@ -1,4 +1,4 @@
-"""What the launcher shows while steps run: a live table on a terminal, otherwise a plain line now and then."""
+"""What the launcher shows while steps run: a live table on a terminal, otherwise plain lines."""
 
 import json
 import time
@@ -40,7 +40,9 @@ class Display:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         if self.live:
             self.live.update(self._table(), refresh=True)
             self.live.stop()
@@ -62,7 +64,9 @@ class Display:
         row.state = "done" if code == EXIT_DONE else f"exit {code}"
         row.detail = message.splitlines()[0] if message else ""
         finished = sum(other.state == "done" for other in self.rows.values())
-        self._say(f"{row.state:6s} {run.run_id}  {row.seconds:.0f} s  {row.detail}  [{finished}/{len(self.rows)}]")
+        self._say(
+            f"{row.state:6s} {run.run_id}  {row.seconds:.0f} s  {row.detail}  [{finished}/{len(self.rows)}]"
+        )
 
     def refresh(self) -> None:
         for run_id, row in self.rows.items():

@@ -1,10 +1,12 @@
 """Content of what a cell starts from: hashes of weights and data, or a note that they are not here."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from morebench.config.schema import ImagePolicy, Paths, TaskData, TrainingData, Weights
-from morebench.data.check import peek_hash, peek_task_hash
-from morebench.models.weights import built_folder, folder_hash, locate
+from morebench.data.check import peek_hash
+from morebench.evaluation.records import task_hash
+from morebench.models.weights import absence, folder_hash, locate
 
 
 class Sources:
@@ -18,41 +20,45 @@ class Sources:
         self.missing: dict[str, None] = {}  # an ordered set of sentences
 
     def weights(self, weights: Weights, paths: Paths) -> str:
-        key = ("weights", str(weights))
-        if key not in self._known:
+        def look() -> str | None:
             folder = locate(weights, paths)
-            if folder is None:
-                self._known[key] = f"not here: {weights.hub_id}@{weights.revision} {weights.build}"
-                self.missing[_missing_weights(weights, paths)] = None
-            else:
-                self._known[key] = folder_hash(folder, Path(paths.cache))
-        return self._known[key]
+            return folder and folder_hash(folder, Path(paths.cache))
+
+        return self._hash(("weights", str(weights)), look, lambda: f"weights: {absence(weights, paths)}")
 
     def data(self, data: TrainingData, paths: Paths, policy: ImagePolicy) -> str:
-        key = ("data", data.folder, data.records, policy.name)
-        if key not in self._known:
-            found = peek_hash(data, paths, policy)
-            if found is None:
-                records = Path(paths.data) / data.folder / data.records
-                self.missing[f"data: {records} does not exist. Put the published files there, or set paths.data."] = None
-            self._known[key] = found or f"not here: {data.folder}/{data.records}"
-        return self._known[key]
+        return self._hash(
+            ("data", data.folder, data.records, policy.name),
+            lambda: peek_hash(data, paths, policy),
+            lambda: _no_file(data.label, Path(paths.data) / data.folder, data.records, data.build is not None),
+        )
 
     def task(self, data: TaskData, paths: Paths) -> str:
-        key = ("task", str(data), data.folder, str(data.records))
+        return self._hash(
+            ("task", data.folder, str(data.records), str(data.config), str(data.split)),
+            lambda: task_hash(data, paths),
+            lambda: _no_file(
+                data.hub_id or data.folder,
+                Path(paths.data) / data.folder,
+                data.records or "a copy of the hub's data set",
+                data.build is not None,
+            ),
+        )
+
+    def _hash(
+        self, key: tuple[str, ...], look: Callable[[], str | None], absence: Callable[[], str]
+    ) -> str:
         if key not in self._known:
-            found = peek_task_hash(data, paths)
+            found = look()
             if found is None:
-                place = Path(paths.data) / data.folder / (data.records or "")
-                self.missing[f"task data: {data.hub_id or data.records} is not at {place}."] = None
-            self._known[key] = found or f"not here: {data.hub_id}@{data.revision} {data.records}"
+                self.missing[absence()] = None
+            self._known[key] = found or f"not here: {key}"
         return self._known[key]
 
 
-def _missing_weights(weights: Weights, paths: Paths) -> str:
-    if weights.build is not None:
-        return f"weights: {built_folder(weights, paths)} is not built yet."
-    place = Path(paths.weights) / str(weights.hub_id)
-    return f"weights: {weights.hub_id} is neither at {place} nor in the Hugging Face cache. Download it there first."
-
-
+def _no_file(label: str, folder: Path, wanted: str, is_built: bool) -> str:
+    if is_built and not folder.exists():
+        return f"data: {folder} is not built yet."
+    mend = "Delete the folder to have it built again" if is_built else "Put the published files there, or set paths.data"
+    found = "is empty" if folder.is_dir() and not any(folder.iterdir()) else "does not hold it"
+    return f"data: {label}: expected {wanted} in {folder}, which {found if folder.is_dir() else 'does not exist'}. {mend}."

@@ -30,14 +30,23 @@ def prepare_run(run: PlannedRun) -> None:
         ledger.write_json(run.folder / "parents.json", parents)
         save_config(run.cell.config, run.folder / "config.yaml")
     except OSError as error:
-        raise RunError(f"{run.folder} cannot be written: {error.strerror}. Choose another place: paths.runs=...") from error
+        raise RunError(
+            f"{run.folder} cannot be written: {error.strerror}. Choose another place: paths.runs=..."
+        ) from error
 
 
-def execute(folder: Path) -> int:
-    """Run the step that `folder` describes; returns the exit code and leaves the reason in ATTEMPTS."""
+def execute(folder: Path) -> tuple[int, str]:
+    """Run the step that `folder` describes; returns exit code and reason, and leaves both in ATTEMPTS."""
+    try:
+        return _execute(folder)
+    except RunError as error:  # somebody else holds the lock
+        return error.exit_code, str(error)
+
+
+def _execute(folder: Path) -> tuple[int, str]:
     with ledger.locked(folder) as me:
         if ledger.is_done(folder):
-            return EXIT_DONE
+            return EXIT_DONE, ""
         number = ledger.begin_attempt(folder, me)
         try:
             _run(folder)
@@ -52,7 +61,7 @@ def execute(folder: Path) -> int:
             code, message = EXIT_FAILED, f"{type(error).__name__}: {error}"
             log.error(traceback.format_exc())
         ledger.end_attempt(folder, number, code, message)
-        return code
+        return code, message
 
 
 def _run(folder: Path) -> None:

@@ -40,17 +40,22 @@ def starting_weights(config: Config) -> dict[Part, Path]:
         folder = locate(weights, config.paths)
         if folder is not None:
             found[part] = folder
-        elif weights.build is not None:
-            problems.append(f"{part.name}: {built_folder(weights, config.paths)} is not built yet.")
         else:
-            local = Path(config.paths.weights) / str(weights.hub_id)
-            problems.append(
-                f"{part.name}: {weights.hub_id} is neither in {local} nor in the Hugging Face cache. "
-                f"Run: hf download {weights.hub_id} --revision {weights.revision or 'main'}"
-            )
+            problems.append(f"{part.name}: {absence(weights, config.paths)}")
     if problems:
         raise WeightsError(join_problems(problems))
     return found
+
+
+def absence(weights: Weights, paths: Paths) -> str:
+    """What to tell a user whose machine lacks these weights."""
+    if weights.build is not None:
+        return f"{built_folder(weights, paths)} is not built yet."
+    local = Path(paths.weights) / str(weights.hub_id)
+    return (
+        f"{weights.hub_id} is neither in {local} nor in the Hugging Face cache. "
+        f"Run: hf download {weights.hub_id} --revision {weights.revision or 'main'}"
+    )
 
 
 def folder_hash(folder: Path, cache: Path) -> str:
