@@ -12,13 +12,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from morebench.reporting.tables import Row, Table, cell_name
+from morebench.reporting.tables import FEW_COLUMNS, Row, Table, cell_name
 
-# Okabe and Ito's set for colour-blind readers; without yellow and black, and with a blue that both pages carry.
+# Okabe and Ito's set for colour-blind readers, less its yellow and black; a blue that shows on dark too.
 COLOURS = ("#2680C2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C")
 DASHES = ("-", "--", ":", "-.")
 INK, FAINT = "#010203", "#040506"  # replaced by the page's own colours
-MAX_BAR_COLUMNS = 6
 MAX_POINTS = 300  # a curve of a long run is thinned to this
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -57,7 +56,7 @@ def scores_figure(table: Table) -> Drawing | None:
     """Bars for few columns, a radar for many; None while no cell is evaluated."""
     if not any(result.scores for result in table.results):
         return None
-    return _bars(table) if len(table.columns) <= MAX_BAR_COLUMNS else _radar(table)
+    return _bars(table) if len(table.columns) <= FEW_COLUMNS else _radar(table)
 
 
 def loss_figure(title: str, table: Table, curves: Mapping[int, Mapping[int, float]]) -> Drawing | None:
@@ -83,7 +82,8 @@ def loss_figure(title: str, table: Table, curves: Mapping[int, Mapping[int, floa
         axes.margins(x=0.01)
         every = np.concatenate([_thinned(curve)[1] for curve in curves.values()])
         low, high = float(every.min()), float(np.percentile(every, 99.5))
-        axes.set_ylim(max(0.0, low - 0.08 * (high - low)), high + 0.05 * (high - low))
+        span = (high - low) or 1.0
+        axes.set_ylim(max(0.0, low - 0.08 * span), high + 0.05 * span)
         _label_ends(axes, {number: (names[number], value) for number, value in ends.items()})
         alt = f"{title}: loss by optimizer step. Final running mean: " + "; ".join(
             f"{names[number]} {value:.3f}" for number, value in ends.items()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from morebench.reporting.tables import MISSING, Printed, Table
+from morebench.reporting.tables import FEW_COLUMNS, MISSING, Printed, Table
 
 ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -24,11 +24,13 @@ ESCAPES = {
 def latex(table: Table) -> str:
     """A `table` environment; its last lines are each column's number of items and widest half interval."""
     names, columns = len(table.axes), table.columns
+    few = len(columns) <= FEW_COLUMNS
+    environment = "table" if few else "table*"  # across both columns of the page
     lines = [
         r"% Needs \usepackage{booktabs} in the preamble.",
-        r"\begin{table}[t]",
+        rf"\begin{{{environment}}}[t]",
         r"  \centering",
-        r"  \footnotesize",
+        *([r"  \footnotesize"] if few else [r"  \scriptsize", r"  \setlength{\tabcolsep}{3pt}"]),
         rf"  \caption{{{_caption(table)}}}",
         rf"  \label{{tab:{_label(table.name)}}}",
         rf"  \begin{{tabular}}{{@{{}}{'l' * names}{'r' * len(columns)}@{{}}}}",
@@ -46,10 +48,10 @@ def latex(table: Table) -> str:
     lines += [
         r"    \midrule",
         _line(["items", *blank, *(_items(table, column.label) for column in columns)]),
-        _line([r"95\,\% interval, at most", *blank, *(_widest(table, k) for k in range(len(columns)))]),
+        _line([r"95\,\%, at most", *blank, *(_widest(table, k) for k in range(len(columns)))]),
         r"    \bottomrule",
         r"  \end{tabular}",
-        r"\end{table}",
+        rf"\end{{{environment}}}",
     ]
     return "\n".join(lines) + "\n" + "".join(f"% {note}\n" for note in table.notes)
 

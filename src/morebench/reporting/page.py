@@ -14,6 +14,7 @@ from morebench.reporting.gallery import TaskExamples, cell_examples
 from morebench.reporting.results import CellResult, loss_curve
 from morebench.reporting.tables import (
     AXIS_TITLES,
+    FEW_COLUMNS,
     MISSING,
     Table,
     cell_name,
@@ -56,7 +57,8 @@ def page(table: Table) -> str:
     return environment.get_template("index.html.j2").render(
         table=table,
         axis_titles=AXIS_TITLES,
-        leaders=_leaders(table),
+        few=len(table.columns) <= FEW_COLUMNS,
+        leaders=_leaders(table) if len(table.columns) <= FEW_COLUMNS else [],
         cells=_cells(table),
         scores=_safe(scores_figure(table)),
         losses=[drawing for step in TRAIN_STEPS if (drawing := _safe(_losses(table, step)))],

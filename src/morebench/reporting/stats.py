@@ -50,7 +50,7 @@ def metric_intervals(
 
     A metric that proves to be a mean or an F1 takes the fast path; any other is aggregated for each resample.
     """
-    fast = {name: found for name in metrics if (found := _as_sums(aggregate, items, name)) is not None}
+    fast = _as_sums(aggregate, items, metrics)
     intervals = {name: sums_interval(statistic, images, seed=seed) for name, statistic in fast.items()}
     if slow := set(metrics) - set(fast):
         resampled = aggregate_intervals(aggregate, items, images, seed=seed)
@@ -86,6 +86,9 @@ def sums_interval(
     """
     units_N = _unit_numbers(images)
     num_units = int(units_N.max()) + 1
+    if (whole := statistic.value()) in (0.0, 1.0):
+        reach = 1.0 - ((1.0 - CONFIDENCE) / 2) ** (1.0 / num_units)
+        return Interval(0.0, reach) if whole == 0.0 else Interval(1.0 - reach, 1.0)
     sums_UK = np.zeros((num_units, statistic.sums_of.shape[1]))
     np.add.at(sums_UK, units_N, statistic.sums_of)
     chunks = (
@@ -93,9 +96,6 @@ def sums_interval(
         for chunk in _draws(num_units, resamples, seed)
     )
     values_R = np.concatenate([statistic.of_sums(chunk) for chunk in chunks])
-    if (values_R == values_R[0]).all() and values_R[0] in (0.0, 1.0):
-        reach = 1.0 - ((1.0 - CONFIDENCE) / 2) ** (1.0 / num_units)
-        return Interval(0.0, reach) if values_R[0] == 0.0 else Interval(1.0 - reach, 1.0)
     return _percentiles(values_R)
 
 
@@ -133,22 +133,28 @@ def aggregate_intervals(
     return {metric: _percentiles(np.asarray(found)) for metric, found in values.items()}
 
 
-def _as_sums(aggregate: Aggregate, items: Sequence[Scored], metric: str) -> SumStatistic | None:
-    """The sums behind a metric, if they give what `aggregate` gives on all items and on two halves."""
+def _as_sums(
+    aggregate: Aggregate, items: Sequence[Scored], metrics: Collection[str]
+) -> dict[str, SumStatistic]:
+    """The metrics that are a mean or an F1, on all items and on random halves."""
     candidates = [mean_of([item.score for item in items])]
     if all("answer" in item.record for item in items):
         candidates.append(f1_of([item.record["answer"] for item in items], [item.parsed for item in items]))
-    middle = len(items) // 2
-    samples = [range(len(items)), range(middle), range(middle, len(items))]
+    size = len(items)
+    halves = [np.random.default_rng(i).permutation(size)[: (size + 1) // 2] for i in range(3)]
+    samples = [list(range(size)), *(half.tolist() for half in halves)]
     try:
-        wanted = [aggregate([items[i] for i in sample])[metric] for sample in samples if sample]
-    except (MorebenchError, KeyError):  # an aggregate that refuses half of the items is no sum over them
-        return None
-    for candidate in candidates:
-        found = [candidate.value(sample) for sample in samples if sample]
-        if np.allclose(found, wanted, rtol=0, atol=1e-9):
-            return candidate
-    return None
+        wanted = [aggregate([items[i] for i in sample]) for sample in samples]
+    except MorebenchError:  # an aggregate that refuses half of the items (MME's pairs) is no sum over them
+        return {}
+    found: dict[str, SumStatistic] = {}
+    for metric in metrics:
+        values = [result.get(metric, np.nan) for result in wanted]
+        for candidate in candidates:
+            if np.allclose([candidate.value(sample) for sample in samples], values, rtol=0, atol=1e-9):
+                found[metric] = candidate
+                break
+    return found
 
 
 def _naming_fields(items: Sequence[Scored], units: np.ndarray) -> list[str]:

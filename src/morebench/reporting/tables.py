@@ -14,6 +14,7 @@ from morebench.config.schema import AXES, Column
 from morebench.reporting.results import CellResult, Score
 
 MISSING = "--"
+FEW_COLUMNS = 6  # what fits beside each other with intervals
 AXIS_TITLES = {
     "llm": "LLM",
     "vision": "Vision encoder",
