@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - DeepSeek's control tokens are written with full-width bars
 """Tiny tokenizers with the families' real control tokens, and data sets on disk."""
 
 import json
@@ -14,10 +15,8 @@ from morebench.config.compose import load_chat_format
 from morebench.config.schema import Paths, TrainingData
 from morebench.data.chat import ChatFormat
 
-LLAMA_TOKENS = (
-    "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
-    "<|finetune_right_pad_id|>"
-).split()
+LLAMA_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+LLAMA_TOKENS += ["<|eot_id|>", "<|finetune_right_pad_id|>"]
 DEEPSEEK_TOKENS = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
 DEEPSEEK_ROLES = ["<｜User｜>", "<｜Assistant｜>"]  # the published tokenizer does not call these special
 
@@ -32,7 +31,7 @@ def chat_format(stem: str) -> ChatFormat:
 def tokenizer_for(stem: str) -> PreTrainedTokenizerFast:
     """One id per byte (per character for Vicuna), so that ids can be worked out by hand."""
     if stem == "gemma_2":
-        tokens = "<pad> <eos> <bos> <start_of_turn> <end_of_turn>".split()
+        tokens = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
         return _byte_level(tokens, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     if stem == "phi_4":
         tokens: list[Any] = ["<|endoftext|>", "<|system|>", "<|assistant|>", "<|end|>"]

@@ -138,10 +138,10 @@ def test_links_inside_the_folder_are_followed(tmp_path: Path):
 
 
 def test_missing_and_empty_folders(tmp_path: Path):
-    with pytest.raises(DataError, match="no such folder; expected records.json"):
+    with pytest.raises(DataError, match="no such folder; expected records"):
         look(tmp_path)
     (tmp_path / "data" / "toy").mkdir(parents=True)
-    with pytest.raises(DataError, match="the folder is empty; expected records.json"):
+    with pytest.raises(DataError, match="the folder is empty; expected records"):
         look(tmp_path)
     write_data(tmp_path, [])
     with pytest.raises(DataError, match="list of records is empty"):

@@ -84,7 +84,7 @@ def test_bad_records_name_file_index_and_id(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("raw", [[], "text", None, {"conversations": []}, record(0) | {"id": ""}])
 def test_records_that_are_no_objects_or_have_no_id(raw: object):
-    with pytest.raises(DataError, match="x.json: record 4: expected"):
+    with pytest.raises(DataError, match=r"x\.json: record 4: expected"):
         parse_record(raw, "x.json: record 4")
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -86,7 +86,9 @@ class ChatFormat:
         """Ids that end an answer: the control token trained right after it, and the tokenizer's EOS."""
         after = [segment for segment in self.turn if segment.trained and "{answer}" not in segment.text]
         ends = [self._control_id(after[0].token, tokenizer)] if after and after[0].token else []
-        return list(dict.fromkeys([*ends, *filter(None.__ne__, [tokenizer.eos_token_id])]))
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+            ends.append(tokenizer.eos_token_id)
+        return ends
 
     def _fill(self, segments: "Sequence[Segment] | Iterator[Segment]", turn: Turn) -> list[Segment]:
         question, answer = _place_image(turn.question), turn.answer
@@ -139,7 +141,7 @@ class ChatFormat:
             for number, chunk in enumerate(chunks):
                 if number:
                     pieces.append((None, False))
-                pieces += [(part, segment.trained) for part in self._defuse(chunk)]
+                pieces += [(part, segment.trained) for part in self._defuse(chunk, tokenizer)]
         texts = [piece for piece, _ in pieces if isinstance(piece, str)]
         # one call for a whole sample: the call costs more than the text
         text_ids = iter(
@@ -160,21 +162,20 @@ class ChatFormat:
             visual += [piece is None] * len(new)
         return ids, supervised, visual
 
-    def _defuse(self, text: str) -> list[str]:
-        """Cuts a literal control token in the text apart.
+    def _defuse(self, text: str, tokenizer: "Tokenizer") -> list[str]:
+        """Cuts a literal control token in the text apart, where `split_special_tokens` does not.
 
-        `split_special_tokens` leaves alone what a tokenizer adds as not special, as DeepSeek's role marks.
+        That leaves alone what a tokenizer adds without calling it special, as DeepSeek's role marks.
         """
-        tokens = {s.token for s in (*self.start, *self.turn) if s.token not in (None, BOS)}
-        cuts = sorted(
-            {
-                match.start() + 1
-                for token in tokens
-                if token in text
-                for match in re.finditer(re.escape(token), text)
-            }
-        )
-        return [part for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if (part := text[a:b])]
+        tokens = {s.token for s in (*self.start, *self.turn) if s.token is not None and s.token != BOS}
+        cuts = {0, len(text)}
+        for token in tokens:
+            if (
+                token in text
+                and not tokenizer.added_tokens_decoder[self._control_id(token, tokenizer)].special
+            ):
+                cuts |= {match.start() + 1 for match in re.finditer(re.escape(token), text)}
+        return [text[a:b] for a, b in pairwise(sorted(cuts))]
 
     def _token_ids(self, token: str, tokenizer: "Tokenizer") -> list[int]:
         if token != BOS:

@@ -1,0 +1,276 @@
+# ruff: noqa: RUF001 - DeepSeek's control tokens are written with full-width bars
+"""What is asked of every chat format, on tokenizers that carry the families' real control tokens."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from factories_data import FORMATS, chat_format, tokenizer_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from morebench.data.chat import ChatFormat, Encoded
+from morebench.data.records import IMAGE_TOKEN, Sample, Turn
+from morebench.errors import ConfigError, DataError
+
+V = 3  # visual tokens per image
+LONG = 100_000
+DIFFERENT_FORMATS = [stem for stem in FORMATS if stem != "llama_3"]  # the same as llama_3_1
+END_MARKS = {
+    "gemma_2": "<end_of_turn>\n",
+    "phi_4": "<|end|>",
+    "llama_3_1": "<|eot_id|>",
+    "llama_3": "<|eot_id|>",
+    "deepseek_r1": "<｜end▁of▁sentence｜>",
+    "v1": "</s>",
+    "phi_2": "<|endoftext|>",
+}
+CONTROLS = [
+    "<|end|>",
+    "<|eot_id|>",
+    "<end_of_turn>\n",
+    "</s>",
+    "<|endoftext|>",
+    "<｜Assistant｜>",
+    "<bos>",
+    "USER:",
+]
+SYS = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language."
+)
+SYS_V = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+# what breaks parsers: control tokens spelt out, role names, separators
+text = st.lists(
+    st.one_of(words, st.sampled_from([*CONTROLS, "model\n", "###", "{answer}", "{question}", " "]))
+)
+plain_text = text.map("".join).map(lambda string: string.replace(IMAGE_TOKEN, ""))
+answers = text.map("".join)
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> Sample:
+    turns, num_images = [], 0
+    for _ in range(draw(st.integers(1, 3))):
+        chunks = draw(st.lists(plain_text, min_size=1, max_size=3))
+        question = IMAGE_TOKEN.join(chunks)
+        num_images += question.count(IMAGE_TOKEN)
+        turns.append(Turn(question, draw(answers)))
+    return Sample("s", tuple(f"{number}.png" for number in range(num_images)), tuple(turns))
+
+
+def encode(stem: str, sample: Sample, max_length: int = LONG) -> Encoded:
+    return chat_format(stem).encode(sample, tokenizer_for(stem), V, max_length)
+
+
+def decode(stem: str, ids: Any) -> str:
+    return tokenizer_for(stem).decode(ids, clean_up_tokenization_spaces=False)
+
+
+def ask(question: str, *rest: str) -> Sample:
+    """A sample of question, answer, question, answer, ..."""
+    texts = [question, *rest]
+    images = tuple("x.png" for _ in range(sum(text.count(IMAGE_TOKEN) for text in texts[::2])))
+    turns = tuple(Turn(q, a) for q, a in zip(texts[::2], texts[1::2], strict=True))
+    return Sample("s", images, turns)
+
+
+@pytest.mark.parametrize("stem", DIFFERENT_FORMATS)
+@given(sample=samples())
+@settings(max_examples=30, deadline=None)
+def test_the_prompt_is_how_the_training_ids_begin(stem: str, sample: Sample):
+    whole = encode(stem, sample)
+    prompt = chat_format(stem).encode_prompt(sample.turns[0].question, tokenizer_for(stem), V)
+    size = len(prompt.input_ids)
+    np.testing.assert_array_equal(prompt.input_ids, whole.input_ids[:size])
+    np.testing.assert_array_equal(prompt.visual_mask, whole.visual_mask[:size])
+    assert not prompt.supervised.any()
+    assert whole.supervised[size]  # and not one token earlier: the answer, or its end mark, comes next
+
+
+@pytest.mark.parametrize("stem", DIFFERENT_FORMATS)
+@given(sample=samples())
+@settings(max_examples=30, deadline=None)
+def test_only_answers_and_end_marks_are_supervised(stem: str, sample: Sample):
+    encoded = encode(stem, sample)
+    runs = [decode(stem, ids) for ids in supervised_runs(encoded)]
+    trim = stem in ("gemma_2", "llama_3_1", "llama_3")
+    space = " " if stem == "phi_2" else ""
+    said = [turn.answer.strip() if trim else turn.answer for turn in sample.turns]
+    assert runs == [f"{space}{answer}{END_MARKS[stem]}" for answer in said]
+
+
+@pytest.mark.parametrize("stem", DIFFERENT_FORMATS)
+@given(sample=samples())
+@settings(max_examples=30, deadline=None)
+def test_every_image_opens_its_visual_tokens(stem: str, sample: Sample):
+    encoded = encode(stem, sample)
+    assert encoded.visual_mask.sum() == V * len(sample.images)
+    assert not (encoded.visual_mask & encoded.supervised).any()
+    assert (encoded.input_ids[encoded.visual_mask] == 0).all()
+    assert len(encoded.input_ids) == len(encoded.supervised) == len(encoded.visual_mask)
+
+
+@pytest.mark.parametrize("stem", DIFFERENT_FORMATS)
+@given(sample=samples())
+@settings(max_examples=30, deadline=None)
+def test_control_tokens_come_from_the_format_alone(stem: str, sample: Sample):
+    """A control token that a user spells out stays text."""
+    tokenizer = tokenizer_for(stem)
+    control = list(tokenizer.get_added_vocab().values())
+    blank = Sample("s", (), tuple(Turn("", "") for _ in sample.turns))
+    used = encode(stem, sample)
+    ids = used.input_ids[~used.visual_mask]
+    blank_ids = encode(stem, blank).input_ids
+    assert [i for i in ids if i in control] == [i for i in blank_ids if i in control]
+
+
+@pytest.mark.parametrize("stem", DIFFERENT_FORMATS)
+@given(sample=samples(), share=st.floats(0, 1))
+@settings(max_examples=30, deadline=None)
+def test_long_samples_lose_their_end_and_never_a_visual_token(stem: str, sample: Sample, share: float):
+    whole = encode(stem, sample)
+    max_length = max(1, round(share * len(whole.input_ids)))
+    if whole.visual_mask[max_length:].any():
+        with pytest.raises(DataError, match="visual tokens do not fit"):
+            encode(stem, sample, max_length)
+        return
+    cut = encode(stem, sample, max_length)
+    assert cut.truncated == (max_length < len(whole.input_ids))
+    np.testing.assert_array_equal(cut.input_ids, whole.input_ids[:max_length])
+    np.testing.assert_array_equal(cut.supervised, whole.supervised[:max_length])
+
+
+def supervised_runs(encoded: Encoded) -> list[np.ndarray]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.supervised.astype(int), [0]])))
+    return [encoded.input_ids[a:b] for a, b in edges.reshape(-1, 2)]
+
+
+LAYOUTS = {
+    "gemma_2": (
+        "<bos><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n[A<end_of_turn>\n]"
+        "<start_of_turn>user\nR<end_of_turn>\n<start_of_turn>model\n[B<end_of_turn>\n]"
+    ),
+    "phi_4": (
+        "<|system|>You are a helpful AI assistant.<|end|><|user|>Q<|end|><|assistant|>[A<|end|>]"
+        "<|user|>R<|end|><|assistant|>[B<|end|>]"
+    ),
+    "llama_3_1": (
+        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{SYS}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n[A<|eot_id|>]"
+        "<|start_header_id|>user<|end_header_id|>\n\nR<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n[B<|eot_id|>]"
+    ),
+    "deepseek_r1": (
+        f"<｜begin▁of▁sentence｜>{SYS}<｜User｜>Q<｜Assistant｜>[A<｜end▁of▁sentence｜>]"
+        "<｜User｜>R<｜Assistant｜>[B<｜end▁of▁sentence｜>]"
+    ),
+    # the space after "ASSISTANT:" is the one this tokenizer puts in front of the answer; decoding a piece on
+    # its own takes it off again
+    "v1": f"<s> {SYS_V} USER: Q ASSISTANT:[A</s>]USER: R ASSISTANT:[B</s>]",
+    "phi_2": f"{SYS_V} USER: Q ASSISTANT:[ A<|endoftext|>]USER: R ASSISTANT:[ B<|endoftext|>]",
+}
+LAYOUTS["llama_3"] = LAYOUTS["llama_3_1"]
+
+
+@pytest.mark.parametrize("stem", FORMATS)
+def test_exact_layouts(stem: str):
+    """Brackets stand around what is supervised."""
+    encoded = encode(stem, ask("Q", "A", "R", "B"))
+    edges = [0, *(np.flatnonzero(np.diff(encoded.supervised.astype(int))) + 1), len(encoded.input_ids)]
+    pieces = [(encoded.supervised[a], decode(stem, encoded.input_ids[a:b])) for a, b in pairwise(edges)]
+    assert "".join(f"[{piece}]" if trained else piece for trained, piece in pieces) == LAYOUTS[stem]
+
+
+def test_vicuna_puts_a_space_before_its_answers():
+    encoded = encode("v1", ask("Q", "A"))
+    tokens = tokenizer_for("v1").convert_ids_to_tokens(encoded.input_ids[encoded.supervised])
+    assert tokens == ["▁", "A", "</s>"]
+
+
+@pytest.mark.parametrize("stem", FORMATS)
+@pytest.mark.parametrize("question", ["<image>\nWhat?", "What?\n<image>", "  What?<image> ", "<image>What?"])
+def test_one_image_goes_in_front_of_its_question(stem: str, question: str):
+    expected = encode(stem, ask("<image>\nWhat?", "A"))
+    np.testing.assert_array_equal(encode(stem, ask(question, "A")).input_ids, expected.input_ids)
+
+
+def test_several_images_keep_their_places():
+    encoded = encode("phi_4", ask("a<image>b<image>c", "A"))
+    tokenizer = tokenizer_for("phi_4")
+    a, b, c, end = tokenizer.convert_tokens_to_ids(["a", "b", "c", "<|end|>"])
+    start = encoded.input_ids.tolist().index(tokenizer.convert_tokens_to_ids("<|user|>"))
+    assert encoded.input_ids[start + 1 : start + 5 + 2 * V].tolist() == [a, *[0] * V, b, *[0] * V, c, end]
+
+
+@pytest.mark.parametrize("stem", FORMATS)
+def test_plain_is_image_and_caption(stem: str):
+    tokenizer = tokenizer_for(stem)
+    sample = ask("Describe it.\n<image>", "a cat")
+    encoded = chat_format("plain").encode(sample, tokenizer, V, LONG)
+    has_bos = stem not in ("phi_4", "phi_2")  # their BOS is their EOS and never written
+    assert encoded.visual_mask.tolist()[: V + has_bos] == [False] * has_bos + [True] * V
+    assert encoded.supervised.tolist() == [False] * (V + has_bos) + [True] * (
+        len(encoded.supervised) - V - has_bos
+    )
+    assert decode(stem, encoded.input_ids[encoded.supervised]) == "a cat\n"
+    if has_bos:
+        assert encoded.input_ids[0] == tokenizer.bos_token_id
+    prompt = chat_format("plain").encode_prompt("<image>", tokenizer, V)
+    np.testing.assert_array_equal(prompt.input_ids, encoded.input_ids[: V + has_bos])
+
+
+def test_plain_refuses_what_has_no_place_for_its_images():
+    tokenizer = tokenizer_for("gemma_2")
+    for sample in (ask("q", "a"), ask("<image><image>", "a"), ask("<image>", "a", "q", "b")):
+        with pytest.raises(DataError, match=r"record id 's': chat format 'plain' makes room for"):
+            chat_format("plain").encode(sample, tokenizer, V, LONG)
+
+
+@pytest.mark.parametrize(
+    ("stem", "ends"),
+    [
+        ("gemma_2", ["<end_of_turn>", "<eos>"]),
+        ("phi_4", ["<|end|>", "<|endoftext|>"]),
+        ("llama_3_1", ["<|eot_id|>"]),
+        ("v1", ["</s>"]),
+    ],
+)
+def test_end_tokens(stem: str, ends: list[str]):
+    tokenizer = tokenizer_for(stem)
+    assert chat_format(stem).end_token_ids(tokenizer) == tokenizer.convert_tokens_to_ids(ends)
+    assert chat_format("plain").end_token_ids(tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_a_format_of_another_family_is_refused():
+    with pytest.raises(ConfigError, match=r"'Gemma-2' uses the token '<bos>', which the tokenizer"):
+        chat_format("gemma_2").encode(ask("q", "a"), tokenizer_for("phi_4"), V, LONG)
+
+
+TURN: list[dict[str, Any]] = [{"text": "{question}"}, {"text": "{answer}", "trained": True}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"turn": [{"text": "{question}"}]}, "exactly one trained text"),
+        ({"turn": [{"text": "{answer}"}]}, "exactly one trained text"),
+        ({"turn": [*TURN, TURN[1]]}, "exactly one trained text"),
+        ({"turn": [{"text": "{question}", "trained": True}, TURN[1]]}, "untrained text"),
+        ({"start": [{"text": "{question}"}]}, "untrained text"),
+        ({"turn": [*TURN, {"txt": "x"}]}, "`token: ...` or `text: ...`"),
+        ({"turn": [*TURN, {"token": "a", "text": "b"}]}, "`token: ...` or `text: ...`"),
+        ({"turn": [*TURN, {"text": "x", "train": True}]}, r"unknown keys \['train'\]"),
+        ({"system": "x"}, r"unknown keys \['system'\]"),
+    ],
+)
+def test_bad_formats(changes: dict[str, Any], reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        ChatFormat.from_dict({"label": "X", "turn": TURN} | changes)
