@@ -132,15 +132,34 @@ class TransformersEncoder(PatchEncoder):
             num_register_tokens=max(self.num_prefix_tokens - 1, 0),
             vision_use_head=False,
         )
-        self.model = AutoModel.from_config(config)
+        self.model = AutoModel.from_config(config) if weights is None else _from_pretrained(config, weights)
         for final_norm in ("post_layernorm", "layernorm"):
             if hasattr(self.model, final_norm):
                 setattr(self.model, final_norm, nn.Identity())
-        if weights is not None:
-            load_encoder(self.model, weights)
 
     def forward(self, pixels_I3HW: Tensor) -> Tensor:
         return self.model(pixel_values=pixels_I3HW).last_hidden_state[:, self.num_prefix_tokens :]
+
+
+def _from_pretrained(config: Any, folder: Path) -> Any:
+    """transformers itself reads its checkpoints: it renames the keys of older ones."""
+    from transformers import AutoModel
+
+    try:
+        model, report = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(f"The weights in {folder} do not fit the shape: {error}") from error
+    if report["missing_keys"]:
+        missing = [f"{key}: missing" for key in sorted(report["missing_keys"])]
+        raise WeightsError(join_problems([f"The weights in {folder} do not fit the shape:", *missing]))
+    return model
 
 
 def load_encoder(
@@ -165,8 +184,8 @@ def load_encoder(
     prefixes = [key.removesuffix(anchor) for key in files if key == anchor or key.endswith(f".{anchor}")]
     if not prefixes:
         raise WeightsError(
-            f"{folder} has no tensor {anchor} in {sorted({path.name for path in files.values()})}, so it is no "
-            f"checkpoint for {type(model).__name__}. Is vision.encoder the right class for these weights?"
+            f"{folder} has no tensor {anchor} in {sorted({path.name for path in files.values()})}, so it is "
+            f"no checkpoint for {type(model).__name__}. Is vision.encoder the right class for these weights?"
         )
     prefix = min(prefixes, key=len)
     state, problems = {}, []

@@ -1,0 +1,94 @@
+"""Useful FLOPs of a training sample: no recompute, no padding, logits at supervised positions only.
+
+From the shape files alone, so that planning prices a cell without torch. A multiply and an add are two; only
+matrix products are counted.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from morebench.config.compose import load_shape
+from morebench.config.schema import Config, Part
+
+Count = TypeVar("Count", int, np.ndarray)
+
+# Model types whose MLP is up and down; all others here have a gate beside up.
+_UNGATED = {"phi"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of weights in matrices, and the widths that attention and the head cost by."""
+
+    llm_body: int  # without embeddings and head
+    llm_layers: int
+    llm_width: int
+    attention_width: int  # heads x head_dim
+    vocab_size: int
+    projector: tuple[int, ...]  # per linear layer
+    vision_image: int  # FLOPs of one image through the encoder, all tiles
+    num_visual_tokens: int
+
+
+def sizes(config: Config) -> Sizes:
+    llm, vision = load_shape(config.llm.shape), load_shape(config.vision.shape)
+    width, scales = llm["hidden_size"], config.resolution.scales
+    projector_in = vision["width"] * len(scales)
+    return Sizes(
+        llm_body=_llm_body(llm),
+        llm_layers=llm["num_hidden_layers"],
+        llm_width=width,
+        attention_width=llm["num_attention_heads"] * _head_dim(llm),
+        vocab_size=llm["vocab_size"],
+        projector=(projector_in * width, *[width * width] * (config.projector.depth - 1)),
+        vision_image=_vision_image(vision, scales),
+        num_visual_tokens=(vision["image_size"] // vision["patch_size"]) ** 2,
+    )
+
+
+def sample_flops(
+    model: Sizes, length: Count, num_images: Count, supervised: Count, trained: Collection[Part]
+) -> Count:
+    """Forward and backward of one sample, or of many: the three counts may be int64 arrays.
+
+    `length` counts visual tokens too. A frozen LLM still passes gradients to the projector: it saves only its
+    weight gradients, a third.
+    """
+    passes = 3 if Part.llm in trained else 2  # forward, gradient of activations, gradient of weights
+    body = 2 * passes * model.llm_body * length
+    attention = 6 * model.attention_width * model.llm_layers * length * length
+    head = 2 * passes * model.llm_width * model.vocab_size * supervised
+    visual = num_images * model.num_visual_tokens
+    first, *rest = model.projector
+    projector = (
+        (4 * first + 6 * sum(rest)) * visual
+        if Part.projector in trained
+        else 2 * visual * (first + sum(rest))
+    )
+    return body + attention + head + projector + model.vision_image * num_images
+
+
+def _head_dim(shape: Mapping[str, Any]) -> int:
+    return shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+
+
+def _llm_body(shape: Mapping[str, Any]) -> int:
+    width, head_dim = shape["hidden_size"], _head_dim(shape)
+    heads, groups = shape["num_attention_heads"], shape["num_key_value_heads"]
+    attention = 2 * width * head_dim * (heads + groups)
+    mlp = (2 if shape["model_type"] in _UNGATED else 3) * width * shape["intermediate_size"]
+    return shape["num_hidden_layers"] * (attention + mlp)
+
+
+def _vision_image(shape: Mapping[str, Any], scales: Sequence[int]) -> int:
+    """Forward only, without the last block: it is not built."""
+    width, blocks = shape["width"], shape["blocks"] - 1
+    patches = (shape["image_size"] // shape["patch_size"]) ** 2
+    tokens = patches + shape["prefix_tokens"]
+    body = blocks * (4 * width * width + 2 * width * shape["mlp_dim"])
+    tile = 2 * body * tokens + 4 * blocks * tokens * tokens * width
+    embedding = 2 * 3 * shape["patch_size"] ** 2 * width * patches
+    return sum(scale**2 for scale in scales) * (tile + embedding)
