@@ -34,7 +34,6 @@ def tiny_config(tmp_path: Path, family: str = "gemma2", seed: int = 0) -> Config
 
 
 def built(config: Config, precision: Precision = Precision.fp32, trainable: Any = TRAINED) -> MLLM:
-    torch.manual_seed(7)  # the weights nobody gave
     return build_mllm(config, {}, precision, trainable)
 
 
@@ -167,3 +166,16 @@ def test_published_projectors_have_the_published_sizes(llm: str, counts: list[in
                 load_shape(f"vision/{vision}.json")["width"] * num_scales, llm_dim, depth=2
             )
         assert sum(parameter.numel() for parameter in projector.parameters()) == count
+
+
+@pytest.mark.parametrize(("family", "scale"), [("gemma2", 32**0.5), ("llama", 1.0)])
+def test_the_config_says_how_visual_tokens_are_scaled(family: str, scale: float, tmp_path: Path) -> None:
+    assert built(tiny_config(tmp_path, family)).visual_scale == scale
+
+
+def test_a_cell_starts_from_its_own_seed(tmp_path: Path) -> None:
+    one, two = (built(tiny_config(tmp_path, seed=seed)).projector[0].weight for seed in (0, 1))
+    torch.rand(3)
+    again = built(tiny_config(tmp_path, seed=0)).projector[0].weight
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)

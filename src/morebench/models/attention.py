@@ -44,16 +44,12 @@ def varlen_attention(
             "llm.set_attn_implementation('eager') first."
         )
     scale = query_1HTK.shape[-1] ** -0.5 if scaling is None else scaling
+    # split, not slices: the backward of N slices would fill N tensors of the whole pack with zeros
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    queries, keys, values = (tensor.split(lengths, 2) for tensor in (query_1HTK, key_1GTK, value_1GTK))
     outputs = [
-        _one_sample(
-            query_1HTK[:, :, start:end],
-            key_1GTK[:, :, start:end],
-            value_1GTK[:, :, start:end],
-            scale,
-            softcap,
-            sliding_window,
-        )
-        for start, end in pairwise(cu_seqlens)
+        _one_sample(query, key, value, scale, softcap, sliding_window)
+        for query, key, value in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
@@ -74,8 +70,9 @@ def _one_sample(
             query, key, value, attn_mask=visible, scale=scale, enable_gqa=True
         )
     num_groups = key.shape[1]
-    grouped = query.unflatten(1, (num_groups, -1))  # heads of one group read the same keys: no repeated copy
-    scores = torch.tanh(grouped @ key.unsqueeze(2).mT * (scale / softcap)) * softcap
+    # heads of one group read the same keys: no repeated copy
+    grouped = (query * (scale / softcap)).unflatten(1, (num_groups, -1))
+    scores = torch.tanh(grouped @ key.unsqueeze(2).mT) * softcap
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32)
     return (weights.to(query.dtype) @ value.unsqueeze(2)).flatten(1, 2)
 
