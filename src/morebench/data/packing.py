@@ -152,7 +152,8 @@ def micro_batches_for(
         )
 
     batches = plan(1)
-    tokens = [int(index.lengths[batches.global_batch(step)].sum()) for step in range(batches.num_steps)]
+    capped = np.minimum(index.lengths, micro_batch_tokens)  # a longer sample fills one bin, not several
+    tokens = [int(capped[batches.global_batch(step)].sum()) for step in range(batches.num_steps)]
     hardest_first = sorted(range(batches.num_steps), key=lambda step: -tokens[step])
     micro_batches = max(1, -(-max(tokens) // (world_size * micro_batch_tokens)))
     while not all(
