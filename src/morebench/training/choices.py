@@ -1,0 +1,41 @@
+"""What is chosen on the machine once and kept for the rest of a run, so that a resume is bit-exact."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from morebench.config.schema import Trainer
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choices depend on. Another machine chooses again."""
+
+    device: str  # cpu, cuda
+    world_size: int
+    micro_batch_tokens: int
+    asked_threads: int | None
+
+
+@dataclass(frozen=True)
+class Choices:
+    machine: Machine
+    micro_batches: int  # K: per rank and optimizer step
+    threads: int  # per rank; the order of sums depends on it
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> "Choices":
+        return cls(**{**facts, "machine": Machine(**facts["machine"])})
+
+
+def this_machine(config: Trainer, device: str, world_size: int) -> Machine:
+    return Machine(device, world_size, config.micro_batch_tokens, config.threads)
+
+
+def threads_for(config: Trainer) -> int:
+    """torch's own number follows OMP_NUM_THREADS and the cores this process may use."""
+    return config.threads or torch.get_num_threads()

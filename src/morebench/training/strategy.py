@@ -1,0 +1,96 @@
+"""Lightning's Trainer for the machine at hand, and the one factor that differs between its strategies."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.deterministic as determinism
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from transformers.utils import logging as transformers_logging
+
+from morebench.config.schema import Precision, Trainer, TrainRecipe
+from morebench.errors import ConfigError
+
+_PRECISION: dict[Precision, Any] = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed"}
+
+
+def make_trainer(machine: Trainer, recipe: TrainRecipe) -> LightningTrainer:
+    """Bare: checkpoints, logs and progress are ours. One epoch: the loader holds the missing steps."""
+    devices = num_devices(machine)
+    if machine.strategy not in ("auto", "ddp"):
+        raise ConfigError(f"trainer.strategy is {machine.strategy!r}. There are: auto, ddp.")
+    ddp = machine.strategy == "ddp" or devices * machine.num_nodes > 1
+    return LightningTrainer(
+        barebones=True,
+        accelerator=machine.accelerator,
+        devices=devices,
+        num_nodes=machine.num_nodes,
+        # buffers are constants (rotary tables): broadcasting them each step would only cost
+        strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if ddp else "auto",
+        precision=_PRECISION[recipe.precision],
+        max_epochs=1,
+        gradient_clip_val=recipe.gradient_clip_val,
+        use_distributed_sampler=False,
+        # Lightning would requeue on USR1 and raise between two micro-batches
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+    )
+
+
+def num_devices(machine: Trainer) -> int:
+    if machine.devices != "auto":
+        return int(machine.devices)
+    uses_gpus = machine.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.cuda.device_count() if uses_gpus else 1
+
+
+def loss_factor(trainer: LightningTrainer) -> float:
+    """What a micro-batch's share of the global loss is multiplied with, so that gradients *add up*.
+
+    A bin gives (its loss sum) / (supervised tokens of the whole global batch); the gradient of the global
+    batch is the sum of these over all bins. Lightning divides each by `accumulate_grad_batches`, and DDP
+    takes the mean over ranks; both are undone here.
+    """
+    if isinstance(trainer.strategy, SingleDeviceStrategy):
+        return float(trainer.accumulate_grad_batches)
+    if isinstance(trainer.strategy, DDPStrategy):
+        return float(trainer.accumulate_grad_batches * trainer.world_size)
+    raise ConfigError(f"No loss factor is known for {type(trainer.strategy).__name__}.")
+
+
+@contextmanager
+def exact_arithmetic(threads: int) -> Iterator[None]:
+    """Sums in a fixed order, on the CPU: bit-equal results need equal threads and deterministic kernels."""
+    former_threads, former_mode = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    former_fill = determinism.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)
+        determinism.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a check for bugs, not for results
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former_threads)
+        torch.use_deterministic_algorithms(former_mode)
+        determinism.fill_uninitialized_memory = former_fill  # type: ignore[attr-defined]
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep banners, tips and advice about features that we replace out of the logs; errors still show."""
+    transformers_logging.disable_progress_bar()
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
