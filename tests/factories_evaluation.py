@@ -1,0 +1,76 @@
+"""Tiny real models with random weights, and prompts for them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from morebench.config.compose import load_chat_format
+from morebench.data.chat import ChatFormat
+from morebench.models.attention import VARLEN
+from morebench.models.llm import llm_config
+from morebench.models.mllm import MLLM
+from morebench.models.projector import MLPProjector
+from morebench.models.vision import OpenClipEncoder
+
+VISION_SHAPE = {"image_size": 24, "patch_size": 8, "width": 16, "blocks": 2, "heads": 2, "mlp_dim": 32}
+VISION_SHAPE |= {"prefix_tokens": 1, "activation": "quick_gelu", "norm_eps": 1e-5}
+CHAT_FORMATS = {"gemma2": "gemma_2", "phi3": "phi_4", "llama": "llama_3_1"}
+FAMILIES = tuple(CHAT_FORMATS)
+
+_COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+_COMMON |= {"num_key_value_heads": 2, "max_position_embeddings": 256}
+_OWN = {
+    # The window is shorter than the 9 visual tokens of an image. With a tied head, random weights repeat the
+    # last token for ever.
+    "gemma2": {"head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}
+    | {"tie_word_embeddings": False},
+    "phi3": {"pad_token_id": 0},
+    "llama": {"head_dim": 8},
+}
+
+
+def llm_shape(family: str, vocab_size: int) -> dict[str, object]:
+    # A wide start, so that answers depend on image and question instead of the last token alone.
+    return {"model_type": family, "vocab_size": vocab_size, "initializer_range": 0.4} | _COMMON | _OWN[family]
+
+
+def byte_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """One token per byte, and the control tokens of the family's chat format."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    raw = load_chat_format(CHAT_FORMATS[family])
+    control = [segment["token"] for segment in [*(raw["start"] or []), *raw["turn"]] if "token" in segment]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    names = [token for token in dict.fromkeys(control) if token != "{bos}"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    return tokenizer
+
+
+def tiny_mllm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> MLLM:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = llm_config(llm_shape(family, len(tokenizer)))
+    llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=VARLEN)
+    with torch.no_grad():  # less of the last token, more of what it attends to
+        llm.get_input_embeddings().weight.mul_(0.1)
+    encoder = OpenClipEncoder(VISION_SHAPE, None)
+    projector = MLPProjector(encoder.feature_dim, config.hidden_size, 2)
+    return MLLM(encoder, projector, llm, visual_scale=4.0).eval().requires_grad_(False)
+
+
+def chat_format(family: str) -> ChatFormat:
+    return ChatFormat.from_dict(load_chat_format(CHAT_FORMATS[family]))
+
+
+def questions(seed: int) -> Iterator[str]:
+    """Short and long ones, without an image, with one, with two."""
+    generator = np.random.default_rng(seed)
+    while True:
+        text = bytes(generator.integers(97, 123, generator.integers(1, 25))).decode()
+        yield "<image>" * generator.choice([0, 1, 1, 1, 2]) + text
