@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from morebench.config.compose import build
-from morebench.config.schema import Config
+from morebench.config.schema import Config, TaskData, TrainingData
 from morebench.errors import RunError
 from morebench.models.weights import built_folder
 
@@ -51,11 +51,8 @@ def check_writable(folder: Path) -> None:
 
 
 def _recipes(config: Config) -> Iterable[tuple[Path, Mapping[str, Any]]]:
-    for data in (
-        config.pretrain_data,
-        config.finetune_data,
-        *(task.data for task in config.suite.tasks.values()),
-    ):
+    tasks: list[TrainingData | TaskData] = [task.data for task in config.suite.tasks.values()]
+    for data in [config.pretrain_data, config.finetune_data, *tasks]:
         if data.build is not None:
             yield Path(config.paths.data) / data.folder, data.build
     for weights in (config.llm.weights, config.vision.weights):

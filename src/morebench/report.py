@@ -63,4 +63,4 @@ def rows(plan: Plan) -> list[ReportRow]:
 
 
 if __name__ == "__main__":
-    entry.run(command, __doc__)
+    entry.run(command, __doc__ or "")

@@ -17,4 +17,4 @@ def command(overrides: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(command, __doc__)
+    entry.run(command, __doc__ or "")

@@ -4,20 +4,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from morebench.config.assemble import assemble
 from morebench.config.compose import CONF_DIR, register
-from morebench.config.experiments import expand
 from morebench.config.overrides import check
 from morebench.entry import fail
 from morebench.errors import EXIT_DONE, EXIT_FAILED, MorebenchError, WeightsError, join_problems
-from morebench.matrix.cell import cell_of
-from morebench.matrix.plan import make_plan
-from morebench.prepare import prepare
 
 
 def launch_cells(job_overrides: Sequence[Sequence[str]], options: Mapping[str, Any]) -> int:
     """Plan the cells, run what is missing, print where everything stands; returns the exit code."""
+    from morebench.config.assemble import assemble
+    from morebench.matrix.cell import cell_of
     from morebench.matrix.launch import launch_local
+    from morebench.matrix.plan import make_plan
+    from morebench.prepare import prepare
     from morebench.show import print_outcomes, print_plan
 
     cells = [cell_of(composed) for composed in assemble(job_overrides)]
@@ -46,9 +45,11 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
     def one_cell(tree: Any) -> None:
+        from morebench.config.experiments import expand
+
         hydra_config = HydraConfig.get()
         options = {key: value for key, value in hydra_config.launcher.items() if key != "_target_"}
-        run_and_exit([*expand(list(hydra_config.overrides.task))], options)
+        run_and_exit(expand(list(hydra_config.overrides.task)), options)
 
     one_cell()
 

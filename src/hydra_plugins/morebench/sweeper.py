@@ -10,11 +10,11 @@ from omegaconf import DictConfig
 
 class MatrixSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.matrix_launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
         from morebench.config.experiments import expand
 
-        return self.launcher.launch(expand(arguments), initial_job_idx=0)
+        return self.matrix_launcher.launch(expand(arguments), initial_job_idx=0)

@@ -37,5 +37,7 @@ def assemble(rows: Sequence[Sequence[str]]) -> list[Composed]:
         config: Config = replace(base.config, **{axis: part for axis, (_, part) in parts.items()})
         if "seed" in values:
             config = replace(config, seed=int(values["seed"]))
-        cells.append(Composed({**base.choices, **{axis: choice for axis, (choice, _) in parts.items()}}, config))
+        cells.append(
+            Composed({**base.choices, **{axis: choice for axis, (choice, _) in parts.items()}}, config)
+        )
     return cells

@@ -28,7 +28,9 @@ def load_experiment(name: str) -> Experiment:
     """Read and expand one file; raises ConfigError that names every problem in it."""
     path = EXPERIMENTS_DIR / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"experiments/{name}.yaml does not exist. There are: {', '.join(experiment_names())}.")
+        raise ConfigError(
+            f"experiments/{name}.yaml does not exist. There are: {', '.join(experiment_names())}."
+        )
     raw = yaml.safe_load(path.read_text())
     if not isinstance(raw, dict):
         raise ConfigError(f"experiments/{name}.yaml: expected keys {sorted(_KEYS)}.")

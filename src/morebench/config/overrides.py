@@ -5,7 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from morebench.config.compose import Override, compose_config, experiment_names, groups, options, parse_overrides
+from morebench.config.compose import (
+    Override,
+    compose_config,
+    experiment_names,
+    groups,
+    options,
+    parse_overrides,
+)
 from morebench.errors import ConfigError, join_problems
 
 
@@ -27,7 +34,9 @@ def check(texts: Sequence[str], multirun: bool = True) -> None:
             problems.extend(_check_experiments(override, multirun))
         elif override.key in groups():
             wrong = [value for value in override.values if value not in options(override.key)]
-            problems.extend(_unknown(f"{override.key}={value}", value, options(override.key)) for value in wrong)
+            problems.extend(
+                _unknown(f"{override.key}={value}", value, options(override.key)) for value in wrong
+            )
             if not wrong:
                 chosen.append(f"{override.key}={override.values[0]}")
         else:

@@ -22,7 +22,7 @@ class Sources:
     def weights(self, weights: Weights, paths: Paths) -> str:
         def look() -> str | None:
             folder = locate(weights, paths)
-            return folder and folder_hash(folder, Path(paths.cache))
+            return None if folder is None else folder_hash(folder, Path(paths.cache))
 
         return self._hash(("weights", str(weights)), look, lambda: f"weights: {absence(weights, paths)}")
 
@@ -30,7 +30,9 @@ class Sources:
         return self._hash(
             ("data", data.folder, data.records, policy.name),
             lambda: peek_hash(data, paths, policy),
-            lambda: _no_file(data.label, Path(paths.data) / data.folder, data.records, data.build is not None),
+            lambda: _no_file(
+                data.label, Path(paths.data) / data.folder, data.records, data.build is not None
+            ),
         )
 
     def task(self, data: TaskData, paths: Paths) -> str:
@@ -45,20 +47,22 @@ class Sources:
             ),
         )
 
-    def _hash(
-        self, key: tuple[str, ...], look: Callable[[], str | None], absence: Callable[[], str]
-    ) -> str:
+    def _hash(self, key: tuple[str, ...], look: Callable[[], str | None], absence: Callable[[], str]) -> str:
         if key not in self._known:
             found = look()
             if found is None:
                 self.missing[absence()] = None
-            self._known[key] = found or f"not here: {key}"
+            self._known[key] = found or f"not here: {key[:3]}"
         return self._known[key]
 
 
 def _no_file(label: str, folder: Path, wanted: str, is_built: bool) -> str:
     if is_built and not folder.exists():
         return f"data: {folder} is not built yet."
-    mend = "Delete the folder to have it built again" if is_built else "Put the published files there, or set paths.data"
+    mend = (
+        "Delete the folder to have it built again"
+        if is_built
+        else "Put the published files there, or set paths.data"
+    )
     found = "is empty" if folder.is_dir() and not any(folder.iterdir()) else "does not hold it"
     return f"data: {label}: expected {wanted} in {folder}, which {found if folder.is_dir() else 'does not exist'}. {mend}."
