@@ -1,6 +1,6 @@
 """How often does a 95 % interval hold the truth? Many synthetic evaluations whose true score is known.
 
-    python benchmarks/interval_coverage.py
+    python benchmarks/interval_coverage.py        # about ten minutes
 
 An image has a hidden difficulty, so its questions succeed together. Prints, for each shape of benchmark, the
 share of intervals that hold the truth when images are resampled, and when questions are (the usual shortcut).

@@ -139,7 +139,7 @@ def train_folder(runs: Path, run_id: str, start: float, end: float, seed: int, n
     manifest = {
         "git": {"commit": "0123456789abcdef0123", "diff_sha256": None},
         "seconds": 17.0 + seed,
-        "gpu_hours": 0.0,
+        "gpu_hours": None,
     }
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "DONE", {})
@@ -166,8 +166,7 @@ def evaluate_folder(
     write_json(folder / "results.json", results)
     manifest = {
         "git": {"commit": "0123456789abcdef0123", "diff_sha256": None},
-        "seconds": 12.3,
-        "gpu_hours": 0.0,
+        "gpu_hours": None,
     }
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "DONE", {})

@@ -100,6 +100,11 @@ def test_each_evaluated_cell_shows_right_and_wrong_answers_of_each_task(
     verdicts = [article["class"] for article in outline.all("article")]
     assert verdicts.count("right") == verdicts.count("wrong") == 3 * 3 * 3  # cells, tasks, examples
     assert len(outline.all("img")) == len(verdicts)
+    answers = re.findall(
+        r'<article class="(\w+)">.*?<dd>(.*?)</dd>.*?</span> (.*?)</dd>', html, flags=re.DOTALL
+    )
+    assert len(answers) == len(verdicts)
+    assert all((target == answer) == (verdict == "right") for verdict, target, answer in answers)
     assert "Which digit is shown?" in html
     assert "&lt;image&gt;" not in html
     assert html.count("<dt>blind</dt>") == len(verdicts)

@@ -6,6 +6,7 @@ import pytest
 
 from morebench.config.schema import Profile
 from morebench.evaluation.tasks.benchmark import Scored
+from morebench.evaluation.tasks.mmbench import MMBench
 from morebench.evaluation.tasks.mme import MME
 from morebench.evaluation.tasks.pope import POPE
 from morebench.reporting.stats import (
@@ -116,6 +117,21 @@ def test_a_metric_that_only_looks_like_the_mean_is_aggregated():
     assert found.high - found.low > 1.2 * (pooled.high - pooled.low)
 
 
+def test_a_group_mean_needs_no_resampling_in_python():
+    items = [scored(float(i % 3 > 0), kind="video" if i % 4 == 0 else "image") for i in range(200)]
+
+    def video(chosen: list[Scored]) -> dict[str, float]:
+        calls.append(len(chosen))
+        return mean_metric([item for item in chosen if item.record["kind"] == "video"])
+
+    calls: list[int] = []
+    images = [str(i // 4) for i in range(200)]
+    fast = metric_intervals(video, items, images, ["exact_match"])["exact_match"]
+    assert len(calls) == 4
+    slow = aggregate_intervals(video, items, images, resamples=2_000)["exact_match"]
+    assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high))
+
+
 def test_an_image_drawn_twice_is_two_images_to_an_aggregate_that_pairs():
     # MME refuses an image with four answers. Both answers right: 200 points; one: 50; none: 0.
     scores = {"a": (1, 1), "b": (1, 0), "c": (0, 0)}
@@ -127,6 +143,22 @@ def test_an_image_drawn_twice_is_two_images_to_an_aggregate_that_pairs():
     images = [name for name in scores for _ in range(2)]
     found = metric_intervals(aggregate, items, images, ["mme_perception_score"])["mme_perception_score"]
     assert found == Interval(0.0, 200.0)
+
+
+def test_a_question_counts_once_and_only_if_all_its_rotations_are_right():
+    # Questions of 2 to 4 rotations; the index of rotation k is base + k * 1,000,000.
+    rng = np.random.default_rng(0)
+    items, units = [], []
+    for base in range(40):
+        for k in range(2 + base % 3):
+            record = {"index": base + k * 1_000_000, "answer": "A", "category": "c", "l2_category": ""}
+            items.append(scored(float(rng.random() < 0.8), "A", **record))
+            units.append(str(base))
+    aggregate = partial(MMBench("en").aggregate, profile=Profile.paper)
+    right = [min(i.score for i, u in zip(items, units, strict=True) if u == str(b)) for b in range(40)]
+    plain = sums_interval(mean_of(right), [str(b) for b in range(40)])
+    found = metric_intervals(aggregate, items, units, ["gpt_eval_score"])["gpt_eval_score"]
+    assert (found.low, found.high) == pytest.approx((100 * plain.low, 100 * plain.high))
 
 
 def test_same_seed_same_interval_other_seed_other_resamples():

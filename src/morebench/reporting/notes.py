@@ -18,7 +18,7 @@ def footnotes(results: Sequence[CellResult]) -> list[str]:
     return [
         *_profile(results),
         "95 % intervals: percentile bootstrap over images, each with all its questions "
-        f"({RESAMPLES:,} resamples; {AGGREGATE_RESAMPLES:,} for metrics that are neither a mean nor an F1). "
+        f"({RESAMPLES:,} resamples; {AGGREGATE_RESAMPLES:,} for metrics that are no sum over items). "
         "Each row is one training run: what another seed would change is not in them.",
         *(
             CONTROL_TEXT.get(name, f"{name}: a control.")

@@ -14,6 +14,7 @@ from morebench.errors import RunError
 from morebench.evaluation.tasks.benchmark import Benchmark, Scored
 from morebench.reporting.stats import metric_intervals
 
+MMBENCH_ROTATION = 1_000_000  # rotation k of question `base` has the index base + k * 1,000,000
 EXCLUSIONS = ("quarantined", "truncated", "unsupervised")  # counts in a train step's manifest
 
 
@@ -100,6 +101,7 @@ def load_result(row: ReportRow, columns: Sequence[Column]) -> CellResult:
         result,
         evaluated=True,
         profile=written.get("profile"),
+        costs=_with_evaluate_seconds(result.costs, written.get("seconds")),
         scores=_scores(folder, config, columns, written["tasks"], control=None),
         controls={
             name: _scores(folder, config, columns, tasks, control=name) for name, tasks in controls.items()
@@ -164,16 +166,16 @@ def _scores(
     scores: dict[str, Score] = {}
     for task, result in tasks.items():
         shown = [column for column in columns if column.task == task and column.metric in result["metrics"]]
-        if not shown or task not in config.suite.tasks:
+        if not shown or not result["n"] or task not in config.suite.tasks:
             continue
         pairs = scored_items(folder, task, control)
         items = [item for _, item in pairs]
-        images = [json.dumps(line.get("image") or line["id"]) for line, _ in pairs]
+        units = [_unit(line, item) for line, item in pairs]
         benchmark: Benchmark = compose.build(config.suite.tasks[task].code)
         aggregate = partial(benchmark.aggregate, profile=config.stage.evaluate.profile)
         metrics = {column.metric for column in shown}
         _check_metrics(folder, task, result, aggregate(items), metrics, len(items))
-        intervals = metric_intervals(aggregate, items, images, metrics)
+        intervals = metric_intervals(aggregate, items, units, metrics)
         for column in shown:
             interval = intervals[column.metric]
             scores[column.label] = Score(
@@ -183,6 +185,13 @@ def _scores(
                 n=len(items),
             )
     return scores
+
+
+def _unit(line: Mapping[str, Any], item: Scored) -> str:
+    """What a resample draws as one: an image with its questions, an MMBench question with its rotations."""
+    if isinstance(index := item.record.get("index"), int):
+        return str(index % MMBENCH_ROTATION)
+    return json.dumps(line.get("image") or line["id"])
 
 
 def _check_metrics(
@@ -226,6 +235,11 @@ def _cost(folder: Path, manifest: Mapping[str, Any]) -> StepCost:
         tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
         mfu=manifest.get("mfu"),
     )
+
+
+def _with_evaluate_seconds(costs: Mapping[str, StepCost], seconds: float | None) -> dict[str, StepCost]:
+    step = Step.evaluate.value
+    return {**costs, step: replace(costs[step], seconds=costs[step].seconds or seconds)}
 
 
 def _exclusions(manifest: Mapping[str, Any]) -> dict[str, int]:

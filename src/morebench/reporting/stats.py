@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from morebench.errors import MorebenchError
 from morebench.evaluation.tasks.benchmark import Scored
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
 AGGREGATE_RESAMPLES = 1_000  # of aggregates that run in Python
+MAX_GROUPS = 20
 CHUNK = 4_000_000  # draws held in memory at once
 
 Aggregate = Callable[[list[Scored]], Mapping[str, float]]
@@ -33,6 +33,7 @@ class SumStatistic:
 
     sums_of: np.ndarray  # [N, K]: what is summed, a row per item
     of_sums: Callable[[np.ndarray], np.ndarray]  # sums [R, K] -> values [R]
+    best: float = 1.0  # the value when every item is right
 
     def value(self, chosen: Sequence[int] | None = None) -> float:
         rows_NK = self.sums_of if chosen is None else self.sums_of[list(chosen)]
@@ -48,9 +49,9 @@ def metric_intervals(
 ) -> dict[str, Interval]:
     """Intervals of `metrics`, keys of what `aggregate` returns. `images[i]` is the image item i asks about.
 
-    A metric that proves to be a mean or an F1 takes the fast path; any other is aggregated for each resample.
+    A metric that proves to be a mean or an F1 takes a fast path; any other is aggregated for each resample.
     """
-    fast = _as_sums(aggregate, items, metrics)
+    fast = _as_sums(aggregate, items, images, metrics)
     intervals = {name: sums_interval(statistic, images, seed=seed) for name, statistic in fast.items()}
     if slow := set(metrics) - set(fast):
         resampled = aggregate_intervals(aggregate, items, images, seed=seed)
@@ -58,10 +59,13 @@ def metric_intervals(
     return intervals
 
 
-def mean_of(scores: Sequence[float]) -> SumStatistic:
+def mean_of(scores: Sequence[float], chosen: Sequence[bool] | None = None) -> SumStatistic:
+    """Mean over all items, or over the `chosen` ones; 0 if there are none."""
     scores_N = np.asarray(scores, dtype=float)
+    weights_N = np.ones_like(scores_N) if chosen is None else np.asarray(chosen, dtype=float)
     return SumStatistic(
-        np.stack([scores_N, np.ones_like(scores_N)], axis=1), lambda sums: sums[:, 0] / sums[:, 1]
+        np.stack([scores_N * weights_N, weights_N], axis=1),
+        lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1.0),
     )
 
 
@@ -78,6 +82,16 @@ def f1_of(answers: Sequence[str], predictions: Sequence[str | None]) -> SumStati
     return SumStatistic(columns_NK, f1)
 
 
+def all_right(scores: Sequence[float], units: np.ndarray) -> SumStatistic:
+    """Percentage of units whose items are all right (MMBench: a question with its rotations)."""
+    _, first, unit_of_item = np.unique(units, return_index=True, return_inverse=True)
+    worst_U = np.ones(len(first))
+    np.minimum.at(worst_U, unit_of_item, np.asarray(scores, dtype=float))
+    columns_NK = np.zeros((len(scores), 2))
+    columns_NK[first] = np.stack([worst_U, np.ones_like(worst_U)], axis=1)
+    return SumStatistic(columns_NK, lambda sums: 100 * sums[:, 0] / np.maximum(sums[:, 1], 1.0), best=100.0)
+
+
 def sums_interval(
     statistic: SumStatistic, images: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
@@ -86,9 +100,9 @@ def sums_interval(
     """
     units_N = _unit_numbers(images)
     num_units = int(units_N.max()) + 1
-    if (whole := statistic.value()) in (0.0, 1.0):
-        reach = 1.0 - ((1.0 - CONFIDENCE) / 2) ** (1.0 / num_units)
-        return Interval(0.0, reach) if whole == 0.0 else Interval(1.0 - reach, 1.0)
+    if (whole := statistic.value()) in (0.0, statistic.best):
+        reach = statistic.best * (1.0 - ((1.0 - CONFIDENCE) / 2) ** (1.0 / num_units))
+        return Interval(0.0, reach) if whole == 0.0 else Interval(whole - reach, whole)
     sums_UK = np.zeros((num_units, statistic.sums_of.shape[1]))
     np.add.at(sums_UK, units_N, statistic.sums_of)
     chunks = (
@@ -134,19 +148,15 @@ def aggregate_intervals(
 
 
 def _as_sums(
-    aggregate: Aggregate, items: Sequence[Scored], metrics: Collection[str]
+    aggregate: Aggregate, items: Sequence[Scored], images: Sequence[str], metrics: Collection[str]
 ) -> dict[str, SumStatistic]:
-    """The metrics that are a mean or an F1, on all items and on random halves."""
-    candidates = [mean_of([item.score for item in items])]
-    if all("answer" in item.record for item in items):
-        candidates.append(f1_of([item.record["answer"] for item in items], [item.parsed for item in items]))
-    size = len(items)
+    """The metrics that one of our sums reproduces, on all items and on random halves of the images."""
+    units = _unit_numbers(images)
+    candidates = _candidates(items, units)
+    size = int(units.max()) + 1
     halves = [np.random.default_rng(i).permutation(size)[: (size + 1) // 2] for i in range(3)]
-    samples = [list(range(size)), *(half.tolist() for half in halves)]
-    try:
-        wanted = [aggregate([items[i] for i in sample]) for sample in samples]
-    except MorebenchError:  # an aggregate that refuses half of the items (MME's pairs) is no sum over them
-        return {}
+    samples = [list(range(len(items))), *(np.flatnonzero(np.isin(units, half)).tolist() for half in halves)]
+    wanted = [aggregate([items[i] for i in sample]) for sample in samples]
     found: dict[str, SumStatistic] = {}
     for metric in metrics:
         values = [result.get(metric, np.nan) for result in wanted]
@@ -155,6 +165,27 @@ def _as_sums(
                 found[metric] = candidate
                 break
     return found
+
+
+def _candidates(items: Sequence[Scored], units: np.ndarray) -> list[SumStatistic]:
+    scores = [item.score for item in items]
+    candidates = [
+        mean_of(scores),
+        *(mean_of(scores, chosen) for chosen in _groups(items)),
+        all_right(scores, units),
+    ]
+    if all("answer" in item.record for item in items):
+        candidates.append(f1_of([item.record["answer"] for item in items], [item.parsed for item in items]))
+    return candidates
+
+
+def _groups(items: Sequence[Scored]) -> Iterator[list[bool]]:
+    """Which items have a value of a record field, for every field of few values (SEED's image and video)."""
+    for field in sorted(set.intersection(*(set(item.record) for item in items))):
+        values = [item.record[field] for item in items]
+        if 1 < len(set(values)) <= MAX_GROUPS:
+            for value in sorted(set(values), key=str):
+                yield [other == value for other in values]
 
 
 def _naming_fields(items: Sequence[Scored], units: np.ndarray) -> list[str]:
