@@ -1,31 +1,34 @@
-"""`python -m morebench.track sync`: bring MLflow up to what the run folders hold."""
+"""Bring MLflow up to what the run folders hold; what is there already is not sent again.
 
-import sys
+python -m morebench.track sync
+python -m morebench.track sync tracking.uri=http://tracker:5000
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
 
-from morebench.errors import EXIT_DONE, ConfigError
+from morebench import entry
+from morebench.errors import ConfigError
 
-USAGE = "python -m morebench.track sync [tracking.uri=...] [paths.runs=...]"
 
-
-def main(arguments: Sequence[str]) -> int:
+def command(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] != "sync":
-        found = f"{arguments[0]!r}" if arguments else "nothing"
-        raise ConfigError(f"expected the sub-verb sync, found {found}. Usage: {USAGE}")
+        found = repr(arguments[0]) if arguments else "nothing"
+        raise ConfigError(f"expected `sync`, found {found}. Type: python -m morebench.track sync")
     from morebench.config.compose import compose_config
+    from morebench.config.overrides import check
     from morebench.matrix.mirror import sync
 
-    config = compose_config(list(arguments[1:])).config
+    check(arguments[1:], multirun=False)
+    config = compose_config(arguments[1:]).config
     synced = sync(Path(config.paths.runs), config.tracking)
     print(
         f"{synced.num_runs} runs: {synced.num_up_to_date} were up to date, "
         f"{synced.num_points} new metric values for the others."
     )
     if synced.unknown:
-        print(f"Not a run folder of this version, left out: {', '.join(synced.unknown)}")
-    return EXIT_DONE
+        print(f"Left out, because no step of this version ran there: {', '.join(synced.unknown)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    entry.run(command, __doc__ or "")
