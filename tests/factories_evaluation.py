@@ -1,6 +1,7 @@
 """Tiny real models with random weights, and prompts for them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +16,26 @@ from morebench.models.mllm import MLLM
 from morebench.models.projector import MLPProjector
 from morebench.models.vision import OpenClipEncoder
 
-VISION_SHAPE = {"image_size": 24, "patch_size": 8, "width": 16, "blocks": 2, "heads": 2, "mlp_dim": 32}
+VISION_SHAPE: dict[str, Any] = {
+    "image_size": 24,
+    "patch_size": 8,
+    "width": 16,
+    "blocks": 2,
+    "heads": 2,
+    "mlp_dim": 32,
+}
 VISION_SHAPE |= {"prefix_tokens": 1, "activation": "quick_gelu", "norm_eps": 1e-5}
 CHAT_FORMATS = {"gemma2": "gemma_2", "phi3": "phi_4", "llama": "llama_3_1"}
 FAMILIES = tuple(CHAT_FORMATS)
 
-_COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+_COMMON: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 _COMMON |= {"num_key_value_heads": 2, "max_position_embeddings": 256}
-_OWN = {
+_OWN: dict[str, dict[str, Any]] = {
     # The window is shorter than the 9 visual tokens of an image. With a tied head, random weights repeat the
     # last token for ever.
     "gemma2": {"head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}
@@ -32,7 +45,7 @@ _OWN = {
 }
 
 
-def llm_shape(family: str, vocab_size: int) -> dict[str, object]:
+def llm_shape(family: str, vocab_size: int) -> dict[str, Any]:
     # A wide start, so that answers depend on image and question instead of the last token alone.
     return {"model_type": family, "vocab_size": vocab_size, "initializer_range": 0.4} | _COMMON | _OWN[family]
 

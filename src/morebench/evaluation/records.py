@@ -85,8 +85,13 @@ def _read(path: Path) -> list[Record]:
 def _item(index: int, record: Record, benchmark: Benchmark, profile: Profile, images_root: Path) -> Item:
     if missing := [field for field in benchmark.fields if field not in record]:
         raise DataError(f"no field {', '.join(missing)}; found {', '.join(record)}")
-    question = benchmark.question(record, profile)
-    benchmark.target(record)
+    try:
+        question = benchmark.question(record, profile)
+        benchmark.target(record)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise DataError(
+            f"a field is not of the type that {type(benchmark).__name__} needs: {error!r}"
+        ) from error
     if absent := [field for field in question.images if field not in record]:
         raise DataError(f"no field {', '.join(absent)}")
     images = tuple(resolve_inside(images_root, str(record[field])) for field in question.images)

@@ -114,7 +114,7 @@ def _load(config: Config, parent: Path) -> _Model:
     return _Model(
         mllm,
         tokenizer,
-        ChatFormat.from_dict(load_chat_format(config.llm.chat_format)),
+        ChatFormat.from_dict(load_chat_format(config.stage.finetune.chat_format or config.llm.chat_format)),
         ImageProcessor(scaled, mllm.vision.image_size, config.stage.evaluate.image_aspect_ratio),
         config.trainer.evaluate_batch_size,
     )
@@ -122,29 +122,37 @@ def _load(config: Config, parent: Path) -> _Model:
 
 def _answer(model: _Model, task: OpenTask, control: str | None, folder: Path) -> list[dict[str, Any]]:
     """Prediction lines of every item, in record order."""
-    with PredictionsFile(folder / "predictions" / _file(task.name, control)) as file:
-        todo = [item for item in task.items if item.index not in file.lines]
-        prompts = [
-            model.chat.encode_prompt(item.question.text, model.tokenizer, model.mllm.vision.num_visual_tokens)
-            for item in todo
+    prompts = [
+        model.chat.encode_prompt(item.question.text, model.tokenizer, model.mllm.vision.num_visual_tokens)
+        for item in task.items
+    ]
+    hashes = {item.index: _prompt_hash(prompt) for item, prompt in zip(task.items, prompts, strict=True)}
+    with PredictionsFile(folder / "predictions" / _file(task.name, control), hashes) as file:
+        # The batches of an uninterrupted run, whatever is done already: so a resume computes the same bits.
+        batches = [
+            [task.items[i] for i in batch]
+            for batch in length_batches([len(prompt.input_ids) for prompt in prompts], model.batch_size)
         ]
-        visual = model.encode([image for item in todo for image in item.images], control)
+        batches = [batch for batch in batches if any(item.index not in file.lines for item in batch)]
+        visual = model.encode(
+            [image for batch in batches for item in batch for image in item.images], control
+        )
         ends = model.chat.end_token_ids(model.tokenizer)
-        batches = length_batches([len(prompt.input_ids) for prompt in prompts], model.batch_size)
         for batch in track(batches, f"{task.name}{f' {control}' if control else ''}"):
             answers = generate(
                 model.mllm,
                 model.tokenizer,
                 ends,
-                [prompts[i] for i in batch],
-                [_stacked(visual, todo[i], model) for i in batch],
+                [prompts[item.index] for item in batch],
+                [_stacked(visual, item, model) for item in batch],
                 task.max_new_tokens,
             )
             file.append(
-                _line(task, todo[i], prompts[i], asdict(answer))
-                for i, answer in zip(batch, answers, strict=True)
+                _line(task, item, hashes[item.index], asdict(answer))
+                for item, answer in zip(batch, answers, strict=True)
+                if item.index not in file.lines
             )
-        return [file.lines[item.index] for item in task.items]
+        return file.finish()
 
 
 def _stacked(visual: Mapping[Path, Tensor], item: Item, model: _Model) -> Tensor:
@@ -153,8 +161,11 @@ def _stacked(visual: Mapping[Path, Tensor], item: Item, model: _Model) -> Tensor
     return torch.stack([visual[image] for image in item.images])
 
 
-def _line(task: OpenTask, item: Item, prompt: Encoded, answer: dict[str, Any]) -> dict[str, Any]:
-    content = prompt.input_ids.tobytes() + prompt.visual_mask.tobytes()
+def _prompt_hash(prompt: Encoded) -> str:
+    return hashlib.sha256(prompt.input_ids.tobytes() + prompt.visual_mask.tobytes()).hexdigest()
+
+
+def _line(task: OpenTask, item: Item, prompt_hash: str, answer: dict[str, Any]) -> dict[str, Any]:
     return {
         "index": item.index,
         "id": item.id,
@@ -162,7 +173,7 @@ def _line(task: OpenTask, item: Item, prompt: Encoded, answer: dict[str, Any]) -
         "question": item.question.text,
         "target": task.benchmark.target(item.record),
         "prediction": answer.pop("text"),
-        "prompt_sha256": hashlib.sha256(content).hexdigest(),
+        "prompt_sha256": prompt_hash,
         **answer,
     }
 
