@@ -95,6 +95,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder)]
+
+
 def _write_data(folder: Path) -> None:
     """Images with one and several turns, text-only samples, answers of very different lengths."""
     (folder / "images").mkdir(parents=True)

@@ -112,6 +112,9 @@ class StageModule(LightningModule):
         )
         if not torch.isfinite(totals[0] + grad_norm):
             raise NonFiniteError(self._blame(seen))
+        if self.recipe.gradient_clip_val is not None:
+            # not left to Lightning: it refuses a fused optimizer in bf16, and would sum the norm again
+            nn.utils.clip_grads_with_norm_(self.trained().values(), self.recipe.gradient_clip_val, grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         self.next_step += 1

@@ -34,7 +34,6 @@ def make_trainer(machine: Trainer, recipe: TrainRecipe) -> LightningTrainer:
         strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if ddp else "auto",
         precision=_PRECISION[recipe.precision],
         max_epochs=1,
-        gradient_clip_val=recipe.gradient_clip_val,
         use_distributed_sampler=False,
         # Lightning would requeue on USR1 and raise between two micro-batches
         plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,

@@ -1,0 +1,111 @@
+"""Loss and gradients of one optimizer step: through our Trainer, and through plain transformers."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from factories_training import GLOBAL_BATCH, with_recipe, with_trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
+
+from morebench.config.schema import Config, Part, Step
+from morebench.data.batch import collate
+from morebench.data.datamodule import loader
+from morebench.training.module import StageModule
+from morebench.training.signals import StopRequest
+from morebench.training.stage import make_stage
+from morebench.training.strategy import loss_factor, make_trainer, quiet_libraries
+
+
+class Recorder(Callback):
+    """What the optimizer is about to be given."""
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        assert isinstance(pl_module, StageModule)
+        self.gradients = {name: value.grad.clone() for name, value in pl_module.trained().items()}
+
+
+def one_step(config: Config) -> Config:
+    return with_recipe(config, max_steps=1, gradient_clip_val=None)
+
+
+def ours(config: Config, micro_batches: int, pretrained: Path) -> tuple[float, dict[str, Tensor]]:
+    """Of the first optimizer step of finetune."""
+    config = one_step(config)
+    with quiet_libraries():
+        trainer = make_trainer(config.trainer, config.stage.finetune)
+        stage = make_stage(config, Step.finetune, {Step.pretrain: pretrained})
+        plan = stage.plan(trainer.world_size, micro_batches)
+        trainer.accumulate_grad_batches = micro_batches
+        recorder = Recorder()
+        trainer.callbacks.append(recorder)
+        module = StageModule(
+            stage.mllm.train(),
+            stage.recipe,
+            num_steps=1,
+            first_step=0,
+            loss_factor=loss_factor(trainer),
+            sample_names=[],
+            stop=StopRequest(),
+            optimizer_state=None,
+        )
+        trainer.fit(module, loader(stage.dataset(plan, trainer.global_rank), 0, 0))
+    return module.stats.loss, recorder.gradients
+
+
+def ours_to_file(config: Config, micro_batches: int, pretrained: Path, target: Path) -> None:
+    """For a rank in a process of its own; every rank writes what it saw."""
+    loss, gradients = ours(with_trainer(config, devices=2), micro_batches, pretrained)
+    seen = gradients | {"loss": torch.tensor(loss, dtype=torch.float64)}
+    save_file(seen, target / f"rank{os.environ['LOCAL_RANK']}.safetensors")
+
+
+def from_file(path: Path) -> tuple[float, dict[str, Tensor]]:
+    gradients = load_file(path)
+    return gradients.pop("loss").item(), gradients
+
+
+def stock(config: Config, pretrained: Path) -> tuple[float, dict[str, Tensor]]:
+    """The same batch, padded, through the stock model with its own masks and logits at every position."""
+    stage = make_stage(one_step(config), Step.finetune, {Step.pretrain: pretrained})
+    dataset = stage.dataset(stage.plan(1, 1), 0)
+    llm = AutoModelForCausalLM.from_pretrained(stage.weights[Part.llm], attn_implementation="eager")
+    stage.mllm.zero_grad()
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
+    for number in stage.plan(1, 1).global_batch(0).tolist():
+        sample = stage.data.samples[number]
+        encoded = stage.chat.encode(sample, stage.tokenizer, dataset.num_visual_tokens, dataset.max_length)
+        pixels = dataset._pixels(sample)
+        batch = collate([encoded], pixels, [number], 1, dataset.processor.image_size)
+        embeds = llm.get_input_embeddings()(batch.input_ids)
+        if pixels:
+            visual = stage.mllm.encode_images(batch.pixel_values).flatten(0, 1)
+            embeds = embeds.index_put((batch.visual_positions,), visual)
+        rows.append(embeds)
+        supervised = torch.from_numpy(encoded.supervised)
+        labels.append(torch.where(supervised, batch.input_ids, -100))
+    assert len(rows) == GLOBAL_BATCH
+    padded = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    targets = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:]
+    logits = llm(inputs_embeds=padded, attention_mask=mask, use_cache=False).logits[:, :-1]
+    loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    loss.backward()
+    gradients = {f"llm.{name}": value.grad for name, value in llm.named_parameters()}
+    gradients |= {f"projector.{name}": value.grad for name, value in stage.mllm.projector.named_parameters()}
+    return loss.item(), gradients
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest relative error over all parameters."""
+    assert found.keys() == expected.keys()
+    errors: list[Any] = [(found[name] - expected[name]).norm() / expected[name].norm() for name in expected]
+    return max(errors).item()

@@ -1,0 +1,97 @@
+"""Train in processes that may be killed, or that are the ranks of one run.
+
+They are forked from a server that has imported everything and computed nothing, which is fast and safe.
+"""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from morebench.config.schema import Config, Step
+from morebench.errors import MorebenchError
+
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["morebench.training.run", "morebench.models.vision", "open_clip", "timm"])
+TIMEOUT = 120  # seconds; a hang is a failure, not a wait
+
+
+def start(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    process = _CONTEXT.Process(target=_with_exit_code, args=(function, *arguments), daemon=True)
+    process.start()
+    return process
+
+
+def finish(*processes: ForkServerProcess) -> list[int | None]:
+    """Exit codes, in order; negative for a signal, None for a process that hung and was killed."""
+    codes = []
+    for process in processes:
+        process.join(TIMEOUT)
+        codes.append(process.exitcode)
+        if process.exitcode is None:
+            process.kill()
+    return codes
+
+
+def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [start(_as_rank, rank, world_size, port, function, *arguments) for rank in range(world_size)]
+    return finish(*ranks)
+
+
+def train_step(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]) -> None:
+    from morebench.training.run import train
+
+    train(config, step, folder, parents)
+
+
+def train_until_fsync(count: int, config: Config, step: Step, folder: Path) -> None:
+    """SIGKILL before the `count`-th fsync, as a power cut would have it."""
+    fsync, left = os.fsync, [count]
+
+    def fatal_fsync(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = fatal_fsync
+    train_step(config, step, folder, {})
+
+
+def train_until_line(step_number: int, config: Config, step: Step, folder: Path) -> None:
+    """SIGKILL in the middle of writing a step's metrics."""
+    from morebench.training.telemetry import MetricsFile
+
+    append = MetricsFile.append
+
+    def fatal_append(self: MetricsFile, line: dict[str, Any]) -> None:
+        if line["step"] == step_number:
+            self._file.write('{"step": ')
+            self._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, line)
+
+    MetricsFile.append = fatal_append  # type: ignore[method-assign]
+    train_step(config, step, folder, {})
+
+
+def _as_rank(rank: int, world_size: int, port: int, function: Callable[..., None], *arguments: Any) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    function(*arguments)
+
+
+def _with_exit_code(function: Callable[..., None], *arguments: Any) -> None:
+    try:
+        function(*arguments)
+    except MorebenchError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
