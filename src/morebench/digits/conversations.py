@@ -25,16 +25,12 @@ MAX_QUESTIONS = 4
 Exchange = tuple[str, str]  # question, answer
 
 
-def caption_record(
-    record_id: str, image: str, scene: Scene, rng: np.random.Generator
-) -> dict[str, Any]:
+def caption_record(record_id: str, image: str, scene: Scene, rng: np.random.Generator) -> dict[str, Any]:
     exchange = (_pick(DESCRIBE, rng), scene.caption())
     return _record(record_id, image, [exchange], rng)
 
 
-def conversation_record(
-    record_id: str, image: str, scene: Scene, rng: np.random.Generator
-) -> dict[str, Any]:
+def conversation_record(record_id: str, image: str, scene: Scene, rng: np.random.Generator) -> dict[str, Any]:
     exchanges = []
     if rng.random() < DESCRIBE_SHARE:
         exchanges.append((_pick(DESCRIBE, rng), scene.caption()))
@@ -45,19 +41,13 @@ def conversation_record(
 def text_record(record_id: str, rng: np.random.Generator) -> dict[str, Any]:
     """No image: small facts, or questions about a scene that is told instead of shown."""
     if rng.integers(2):
-        exchanges = [
-            draw_fact(rng) for _ in range(int(rng.integers(2, MAX_QUESTIONS + 1)))
-        ]
+        exchanges = [draw_fact(rng) for _ in range(int(rng.integers(2, MAX_QUESTIONS + 1)))]
     else:
-        exchanges = told_exchanges(
-            draw_scene(rng), int(rng.integers(1, MAX_QUESTIONS)), rng
-        )
+        exchanges = told_exchanges(draw_scene(rng), int(rng.integers(1, MAX_QUESTIONS)), rng)
     return _record(record_id, None, exchanges, rng)
 
 
-def told_exchanges(
-    scene: Scene, count: int, rng: np.random.Generator
-) -> list[Exchange]:
+def told_exchanges(scene: Scene, count: int, rng: np.random.Generator) -> list[Exchange]:
     exchanges = draw_exchanges(scene, count, rng)
     order = tuple(rng.permutation(len(scene.things)).tolist())
     question, answer = exchanges[0]
@@ -67,9 +57,7 @@ def told_exchanges(
     ]
 
 
-def draw_exchanges(
-    scene: Scene, count: int, rng: np.random.Generator
-) -> list[Exchange]:
+def draw_exchanges(scene: Scene, count: int, rng: np.random.Generator) -> list[Exchange]:
     """Different questions. As in LLaVA's mix, the short-answer prompt stands at the first one only."""
     exchanges: list[Exchange] = []
     asked: set[str] = set()
@@ -84,9 +72,7 @@ def draw_exchanges(
             options = draw_options(question, correct, rng)
             exchanges.append((with_options(question.text, options), LETTERS[correct]))
         else:
-            exchanges.append(
-                (question.text + ("" if prompted else SHORT_ANSWER), question.answer)
-            )
+            exchanges.append((question.text + ("" if prompted else SHORT_ANSWER), question.answer))
             prompted = True
     return exchanges
 
@@ -96,17 +82,13 @@ def draw_fact(rng: np.random.Generator) -> Exchange:
     if kind == 0:
         total = int(rng.integers(10))
         first = int(rng.integers(total + 1))
-        return f"What is {NUMBERS[first]} plus {NUMBERS[total - first]}?", NUMBERS[
-            total
-        ]
+        return f"What is {NUMBERS[first]} plus {NUMBERS[total - first]}?", NUMBERS[total]
     if kind == 1:
         number = int(rng.integers(9))
         return f"What number comes after {NUMBERS[number]}?", NUMBERS[number + 1]
     word = _pick((*COLOURS, *NUMBERS), rng)
     noun = _pick(("colour", "number"), rng)
-    return f"Is {word} a {noun}?", "yes" if (word in COLOURS) == (
-        noun == "colour"
-    ) else "no"
+    return f"Is {word} a {noun}?", "yes" if (word in COLOURS) == (noun == "colour") else "no"
 
 
 def _draw_question(scene: Scene, rng: np.random.Generator) -> Question:
@@ -137,9 +119,7 @@ def _record(
         return {"id": record_id, "conversations": messages}
     first = messages[0]
     last = rng.random() < IMAGE_LAST_SHARE
-    first["value"] = (
-        f"{first['value']}\n<image>" if last else f"<image>\n{first['value']}"
-    )
+    first["value"] = f"{first['value']}\n<image>" if last else f"<image>\n{first['value']}"
     return {"id": record_id, "image": image, "conversations": messages}
 
 

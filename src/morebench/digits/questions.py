@@ -33,9 +33,7 @@ def ask_digit_by_place(thing: Thing) -> Question:
 
 
 def ask_digit_by_colour(thing: Thing) -> Question:
-    return _ask(
-        f"What digit is {thing.colour}?", thing.name, thing, "digit_by_colour", NUMBERS
-    )
+    return _ask(f"What digit is {thing.colour}?", thing.name, thing, "digit_by_colour", NUMBERS)
 
 
 def ask_colour_by_place(thing: Thing) -> Question:
@@ -54,9 +52,7 @@ def ask_colour_by_digit(thing: Thing) -> Question:
 
 
 def ask_place_by_digit(thing: Thing) -> Question:
-    return _ask(
-        f"Where is the {thing.name}?", thing.place, thing, "place_by_digit", PLACES
-    )
+    return _ask(f"Where is the {thing.name}?", thing.place, thing, "place_by_digit", PLACES)
 
 
 def ask_place_by_colour(thing: Thing) -> Question:
@@ -87,9 +83,7 @@ def ask_count(scene: Scene) -> Question:
 
 def open_questions(scene: Scene) -> list[Question]:
     """Every question of every kind that has one right answer in this scene."""
-    return [ask_count(scene)] + [
-        ask(thing) for thing in scene.things for ask in ASK_THING
-    ]
+    return [ask_count(scene)] + [ask(thing) for thing in scene.things for ask in ASK_THING]
 
 
 def ask_presence(digit: int, scene: Scene) -> Question:
@@ -120,27 +114,19 @@ def draw_presence(scene: Scene, rng: np.random.Generator) -> Question:
     return ask_presence(digits[int(rng.integers(len(digits)))], scene)
 
 
-def draw_options(
-    question: Question, correct: int, rng: np.random.Generator
-) -> tuple[str, ...]:
+def draw_options(question: Question, correct: int, rng: np.random.Generator) -> tuple[str, ...]:
     """Four different options, the right one at index `correct`."""
     others = [choice for choice in question.choices if choice != question.answer]
-    options = [
-        others[index] for index in rng.permutation(len(others))[: len(LETTERS) - 1]
-    ]
+    options = [others[index] for index in rng.permutation(len(others))[: len(LETTERS) - 1]]
     options.insert(correct, question.answer)
     return tuple(options)
 
 
 def with_options(text: str, options: tuple[str, ...]) -> str:
-    lines = [
-        f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)
-    ]
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)]
     return "\n".join([text, *lines]) + LETTER_ANSWER
 
 
-def _ask(
-    text: str, answer: str, thing: Thing, kind: str, choices: tuple[str, ...]
-) -> Question:
+def _ask(text: str, answer: str, thing: Thing, kind: str, choices: tuple[str, ...]) -> Question:
     full = f"The digit at the {thing.place} is a {thing.colour} {thing.name}."
     return Question(text, answer, full, kind, choices)

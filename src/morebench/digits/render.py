@@ -79,20 +79,12 @@ def render(scene: Scene, scans: Scans, rng: np.random.Generator) -> Picture:
         size = int(rng.integers(smallest, largest + 1))
         row, column = divmod(PLACES.index(thing.place), 2)
         free = side // 2 - margin - size
-        left = (width - side) // 2 + _offset(
-            column, side, margin, size, int(rng.integers(0, free + 1))
-        )
-        top = (height - side) // 2 + _offset(
-            row, side, margin, size, int(rng.integers(0, free + 1))
-        )
+        left = (width - side) // 2 + _offset(column, side, margin, size, int(rng.integers(0, free + 1)))
+        top = (height - side) // 2 + _offset(row, side, margin, size, int(rng.integers(0, free + 1)))
         index = scans.draw(thing.digit, rng)
-        ink = Image.fromarray(scans.images[index]).resize(
-            (size, size), Image.Resampling.BICUBIC
-        )
+        ink = Image.fromarray(scans.images[index]).resize((size, size), Image.Resampling.BICUBIC)
         alpha = np.asarray(ink, dtype=np.float32)[:, :, None] / 255
-        colour = np.clip(
-            np.array(COLOURS[thing.colour]) + rng.uniform(-12, 12, size=3), 0, 255
-        )
+        colour = np.clip(np.array(COLOURS[thing.colour]) + rng.uniform(-12, 12, size=3), 0, 255)
         patch = canvas[top : top + size, left : left + size]
         patch[:] = patch * (1 - alpha) + alpha * colour.astype(np.float32)
         boxes.append(Box(left, top, size))
@@ -104,9 +96,7 @@ def render(scene: Scene, scans: Scans, rng: np.random.Generator) -> Picture:
 def _draw_canvas(rng: np.random.Generator) -> tuple[int, int]:
     """Width and height, drawn again while the shape leaves no room for a digit that stays legible."""
     while True:
-        width, height = (
-            int(side) for side in rng.integers(MIN_SIDE, MAX_SIDE + 1, size=2)
-        )
+        width, height = (int(side) for side in rng.integers(MIN_SIDE, MAX_SIDE + 1, size=2))
         side = min(width, height)
         if _smallest_digit(max(width, height)) <= side // 2 - ceil(side / 16):
             return width, height

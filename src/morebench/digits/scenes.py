@@ -16,7 +16,7 @@ from morebench.digits.conversations import (
 from morebench.digits.folders import new_folder
 from morebench.digits.progress import count_up
 from morebench.digits.render import Scans, load_scans, render
-from morebench.digits.test_sets import (
+from morebench.digits.tasks import (
     multiple_choice_records,
     pope_records,
     vqa_records,
@@ -59,15 +59,11 @@ def build(
                 *writer.add(f"finetune_{number:05d}", train, rng),
                 rng,
             )
-            for number, rng in _numbered(
-                num_finetune, [seed, 1], "digits conversations"
-            )
+            for number, rng in _numbered(num_finetune, [seed, 1], "digits conversations")
         ]
         drawn = [
             writer.add(f"test_{number:05d}", test, rng)
-            for number, rng in _numbered(
-                num_test_scenes, [seed, 2], "digits test scenes"
-            )
+            for number, rng in _numbered(num_test_scenes, [seed, 2], "digits test scenes")
         ]
         images, scenes = [image for image, _ in drawn], [scene for _, scene in drawn]
         _write(draft / "pretrain.json", pretrain)
@@ -90,9 +86,7 @@ class _ImageWriter:
         self.folder = folder
         self.scan_ids: dict[str, tuple[int, ...]] = {}
 
-    def add(
-        self, stem: str, scans: Scans, rng: np.random.Generator
-    ) -> tuple[str, Scene]:
+    def add(self, stem: str, scans: Scans, rng: np.random.Generator) -> tuple[str, Scene]:
         scene = draw_scene(rng)
         picture = render(scene, scans, rng)
         name = f"{stem}.png"
@@ -101,9 +95,7 @@ class _ImageWriter:
         return name, scene
 
 
-def _numbered(
-    total: int, stream: list[int], label: str
-) -> Iterator[tuple[int, np.random.Generator]]:
+def _numbered(total: int, stream: list[int], label: str) -> Iterator[tuple[int, np.random.Generator]]:
     """A generator of its own per item, so that changing one leaves the others as they are."""
     for number in count_up(total, label):
         yield number, np.random.default_rng([*stream, number])

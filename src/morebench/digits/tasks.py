@@ -81,23 +81,14 @@ def pope_records(
     for index in rng.permutation(len(scenes)).tolist():
         scene = scenes[index]
         present = rng.permutation([thing.digit for thing in scene.things]).tolist()
-        absent = rng.permutation(
-            [digit for digit in range(10) if digit not in present]
-        ).tolist()
-        similar = [
-            alike
-            for digit in present
-            for alike in LOOK_ALIKES[digit]
-            if alike in absent
-        ]
+        absent = rng.permutation([digit for digit in range(10) if digit not in present]).tolist()
+        similar = [alike for digit in present for alike in LOOK_ALIKES[digit] if alike in absent]
         no_digits = (
             absent[0],
             max(absent, key=lambda digit: frequency[digit]),
             (similar or absent)[0],
         )
-        for number, (category, no_digit) in enumerate(
-            zip(POPE_CATEGORIES, no_digits, strict=True)
-        ):
+        for number, (category, no_digit) in enumerate(zip(POPE_CATEGORIES, no_digits, strict=True)):
             for digit in (present[number % len(present)], no_digit):
                 question = ask_presence(digit, scene)
                 records.append(
@@ -122,14 +113,10 @@ def _balanced(
     for index in rng.permutation(len(scenes)).tolist():
         for question in open_questions(scenes[index]):
             pools[question.kind][question.answer].append((images[index], question))
-    chosen = _take_turns(_take_turns(answers.values()) for answers in pools.values())[
-        :size
-    ]
+    chosen = _take_turns(_take_turns(answers.values()) for answers in pools.values())[:size]
     return [chosen[index] for index in rng.permutation(len(chosen)).tolist()]
 
 
 def _take_turns(groups: Iterable[Iterable[Item]]) -> list[Item]:
     """The first of each group, then the second of each, ..."""
-    return [
-        item for layer in zip_longest(*groups) for item in layer if item is not None
-    ]
+    return [item for layer in zip_longest(*groups) for item in layer if item is not None]
