@@ -51,7 +51,7 @@ text = st.lists(
     st.one_of(words, st.sampled_from([*CONTROLS, "model\n", "###", "{answer}", "{question}", " "]))
 )
 plain_text = text.map("".join).map(lambda string: string.replace(IMAGE_TOKEN, ""))
-answers = text.map("".join)
+answers = st.one_of(text.map("".join), st.just(f"write {IMAGE_TOKEN} here"))  # there it is only text
 
 
 @st.composite

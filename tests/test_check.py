@@ -106,6 +106,23 @@ def test_quarantine_leaves_the_sample_out_and_is_part_of_the_hash(tmp_path: Path
     assert look(tmp_path, QUARANTINE) == first  # from the manifest
 
 
+def test_another_judgement_of_the_same_files_is_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another version of PIL may refuse what this one takes."""
+    images = write(tmp_path)
+    first = look(tmp_path, QUARANTINE)
+    shutil.rmtree(tmp_path / "cache")
+    refused = (images / "1.png").read_bytes()
+
+    def decode(content: bytes) -> None:
+        if content == refused:
+            raise DataError("refused")
+
+    monkeypatch.setattr(check, "decode_image", decode)
+    second = look(tmp_path, QUARANTINE)
+    assert [bad.id for bad in second.quarantined] == ["r1"]
+    assert second.content_hash != first.content_hash
+
+
 def test_a_mended_image_is_noticed(tmp_path: Path):
     images = write(tmp_path)
     whole = look(tmp_path)

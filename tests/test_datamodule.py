@@ -10,7 +10,7 @@ from factories_data import chat_format, paths_below, record, tokenizer_for, toy_
 
 from morebench.config.schema import AspectRatio, ImagePolicy, ImageProcessing, Interpolation, Order, Resize
 from morebench.data.batch import Batch, collate
-from morebench.data.chat import Encoded
+from morebench.data.chat import ChatFormat, Encoded
 from morebench.data.check import CheckedData, open_data
 from morebench.data.datamodule import MicroBatches, loader
 from morebench.data.images import ImageProcessor, load_image
@@ -194,6 +194,14 @@ def test_the_index_counts_what_is_collated(tmp_path: Path):
         assert len(batch.targets) == index.supervised[ids].sum()
         assert len(batch.pixel_values) == index.num_images[ids].sum()
     assert (index.truncated, index.unsupervised) == (0, 0)
+
+
+def test_the_index_counts_no_token_that_nothing_predicts(tmp_path: Path):
+    chat = ChatFormat.from_dict({"label": "bare", "turn": [{"text": "{answer}", "trained": True}]})
+    texts = [sample for sample in write(tmp_path).samples if not sample.images]
+    index = index_of(write(tmp_path), tmp_path, samples=texts, chat=chat)
+    encoded = [chat.encode(sample, TOKENIZER, V, MAX_LENGTH) for sample in texts]
+    assert index.supervised.sum() == len(collate(encoded, [], range(len(texts)), 0, SIZE).targets)
 
 
 def test_the_index_is_kept_for_what_it_was_measured_on(tmp_path: Path):

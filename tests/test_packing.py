@@ -165,6 +165,12 @@ def test_ranks_and_bins_cost_nearly_the_same():
         assert loads.sum(1).max() / loads.sum(1).mean() < 1.03
 
 
+def test_dear_bins_go_to_each_rank_in_turn():
+    lengths = np.array([5, 6, 7, 8], np.int32)
+    plan = make_plan(LengthIndex(lengths, lengths, lengths, 0, 0), world_size=2, micro_batches=2)
+    assert [[plan.bin(0, rank, k) for k in range(2)] for rank in range(2)] == [[[3], [0]], [[2], [1]]]
+
+
 def test_more_bins_than_samples():
     plan = make_plan(make_index(6), world_size=4, micro_batches=2)
     assert [len(members) for members in plan.bins(0)] == [1, 1, 1, 1, 1, 1, 0, 0]

@@ -170,10 +170,9 @@ class ChatFormat:
         tokens = {s.token for s in (*self.start, *self.turn) if s.token is not None and s.token != BOS}
         cuts = {0, len(text)}
         for token in tokens:
-            if (
-                token in text
-                and not tokenizer.added_tokens_decoder[self._control_id(token, tokenizer)].special
-            ):
+            if token not in text:
+                continue
+            if not tokenizer.added_tokens_decoder[self._control_id(token, tokenizer)].special:
                 cuts |= {match.start() + 1 for match in re.finditer(re.escape(token), text)}
         return [text[a:b] for a, b in pairwise(sorted(cuts))]
 

@@ -90,8 +90,7 @@ class ImageProcessor:
         if self._aspect_ratio is AspectRatio.pad:
             image = pad_to_square(image, mean_colour(self._processing))
         image = self._crop(image.resize(self._resized(image), RESAMPLING[self._processing.interpolation]))
-        # scaled in float64, then normalised in float32: the order decides the last bit
-        pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)
+        pixels = np.asarray(image, dtype=np.float32) / 255
         mean, std = np.array([self._processing.mean, self._processing.std], dtype=np.float32)
         return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
