@@ -37,7 +37,8 @@ def build_index(
     key: str,
 ) -> LengthIndex:
     """`key` stands for the samples and the tokenizer: their content hashes. Raises DataError."""
-    identity = repr((key, len(samples), chat, num_visual_tokens, max_length))
+    bos = (tokenizer.bos_token_id, tokenizer.eos_token_id)  # they decide whether a format's BOS is written
+    identity = repr((key, len(samples), chat, bos, num_visual_tokens, max_length))
     path = cache / "lengths" / f"{sha256(identity.encode()).hexdigest()[:32]}.npz"
     if (stored := _load(path, len(samples))) is not None:
         return stored
