@@ -21,7 +21,7 @@ from morebench.config.schema import Tracking
 from morebench.errors import ConfigError, MorebenchError, RunError
 from morebench.matrix import ledger, mirror, mirror_store
 from morebench.matrix.mirror import Mirror, prepare, sync
-from morebench.matrix.mirror_source import NAMES_FILE, Names
+from morebench.matrix.mirror_source import NAMES_FILE, MetricsTail, Names
 from morebench.matrix.mirror_store import load_mlflow, redact
 from morebench.matrix.shipper import Shipper
 
@@ -180,6 +180,9 @@ def test_a_resumed_run_continues_its_mlflow_run(tracking: Tracking, folder: Path
     (folder / "cell.json").write_text(json.dumps(AXES | {"seed": "0 as a later version writes it"}))
     second = Mirror(tracking, folder, CELL, "finetune", "digits")
     second.start()
+    wait_for(
+        lambda: {run.info.status for level in runs_of(tracking).values() for run in level} == {"RUNNING"}
+    )
     append(folder, range(12, 30))
     finish(folder)
     assert second.close()
@@ -193,13 +196,32 @@ def test_a_file_cut_back_under_a_live_mirror_is_read_again(tracking: Tracking, f
     live.start()
     wait_for(lambda: steps_are_there(tracking, 20))
     (folder / "metrics.jsonl").write_text("")
-    append(folder, range(5))
+    append(folder, range(20, 25))
+    wait_for(lambda: steps_are_there(tracking, 25))
+    longer = "".join(
+        json.dumps({"step": step, "loss": 1.0, "padding": 0.015625}) + "\n" for step in range(25)
+    )
+    (folder / "metrics.jsonl").write_text(longer)  # past the old end at once: the tail is in mid-line
     time.sleep(0.3)
-    append(folder, range(5, 25))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 25, "loss": 0.1')  # torn: never shipped, never fatal
     assert live.close()
-    assert steps_of(tracking) == list(range(25))
+    assert steps_of(tracking) == steps_of(tracking, "train/padding") == list(range(25))
+
+
+def test_a_line_is_shipped_when_it_is_whole(folder: Path):
+    tail = MetricsTail(folder)
+    assert not list(tail.new_points())
+    for text, steps in [
+        ('{"step": 0, "lo', []),
+        ('ss": 1}\n{"step": 1', [0]),
+        (', "loss": 2, "note": "x"}\n', [1]),
+    ]:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(text)
+        assert [(point.key, point.step) for point in tail.new_points()] == [
+            ("train/loss", step) for step in steps
+        ]
 
 
 def test_results_become_metrics_and_a_new_score_replaces_the_old(tracking: Tracking, folder: Path):

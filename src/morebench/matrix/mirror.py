@@ -85,11 +85,11 @@ class Mirror:
                     fresh.open()
                     fresh.mark_running()
                     shipper = fresh
-                shipper.ship()
                 if status is not None:
                     shipper.finish(status)
                     self._landed = True
                     return
+                shipper.ship()
                 pause = FIRST_PAUSE_SECONDS
                 self._wake.wait(POLL_SECONDS)
             except Exception as error:  # whatever it is, the step goes on
@@ -142,7 +142,6 @@ def sync(runs: Path, tracking: Tracking) -> Synced:
             if shipper.is_up_to_date(status):
                 num_up_to_date += 1
                 continue
-            shipper.ship()
             shipper.finish(status)
             num_points += shipper.num_points
         except Exception as error:  # one damaged folder does not keep the others from MLflow

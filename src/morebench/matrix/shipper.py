@@ -105,8 +105,14 @@ class Shipper:
         return bool(self._run.data.tags.get(MIRRORED_TAG) == source.content_digest(self._folder, status))
 
     def finish(self, status: str | None) -> None:
-        """Results and artefacts, after `ship`; None leaves the status alone (it runs elsewhere)."""
+        """Everything; None leaves the MLflow status alone (the run is alive elsewhere).
+
+        metrics.jsonl is read from its start again: a resume may have cut it and written past the old end
+        between two looks, and then the tail began in mid-line.
+        """
         run_id, digest = self._run.info.run_id, source.content_digest(self._folder, status)
+        self._tail = MetricsTail(self._folder)
+        self.ship()
         self._send_results()
         for name, text in source.artefacts(self._folder).items():
             self._client.log_text(run_id, text, name)
