@@ -191,6 +191,18 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000030"]
 
 
+def test_leftovers_of_killed_starts_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".step_00000001.tmp-4711").mkdir()
+    save_checkpoint(tmp_path, 2, TENSORS, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_damaged_checkpoint_is_replaced_by_the_same_step(tmp_path: Path) -> None:
+    (save_checkpoint(tmp_path, 2, TENSORS, {}) / "meta.json").unlink()
+    save_checkpoint(tmp_path, 2, TENSORS, {})
+    assert newest_checkpoint(tmp_path, print) is not None
+
+
 @pytest.mark.parametrize("name", ["parameters.safetensors", "random.safetensors", "meta.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove"])
 def test_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, harm: str) -> None:

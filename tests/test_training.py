@@ -163,6 +163,11 @@ def test_manifest_says_what_was_done(finetuned: Path) -> None:
     assert {"git", "lock_sha256", "hardware", "versions"} <= manifest.keys()
 
 
+def test_threads_asked_for_are_used(config: Config, tmp_path: Path) -> None:
+    train(with_recipe(with_trainer(config, threads=3), max_steps=1), Step.pretrain, tmp_path, {})
+    assert json.loads((tmp_path / "manifest.json").read_text())["threads"] == 3
+
+
 def test_manifest_keeps_what_others_wrote(config: Config, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"run_id": "mine"}')
     train(with_recipe(config, max_steps=1), Step.pretrain, tmp_path, {})

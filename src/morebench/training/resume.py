@@ -47,6 +47,8 @@ def save_checkpoint(
     """
     target = root / f"{_PREFIX}{step:08d}"
     aside = root / f".{target.name}.tmp-{os.getpid()}"
+    for leftover in root.glob(f".{_PREFIX}*"):  # of killed starts; large enough to fill a disk
+        remove_folder(leftover)
     with disk_full_named(target):
         try:
             aside.mkdir(parents=True)
