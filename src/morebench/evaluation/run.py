@@ -23,7 +23,7 @@ from morebench.evaluation.records import Item, OpenTask, open_task
 from morebench.evaluation.scoring import score_items
 from morebench.models.llm import load_tokenizer
 from morebench.models.mllm import MLLM
-from morebench.models.parts import build_mllm
+from morebench.models.parts import build_mllm, load_part
 from morebench.models.weights import starting_weights
 from morebench.progress import track
 from morebench.training.choices import threads_for
@@ -101,12 +101,12 @@ def seen(image: Image.Image, control: str | None) -> Image.Image:
 
 
 def _load(config: Config, parent: Path) -> _Model:
-    weights: dict[Part, Path] = dict(starting_weights(config))
+    weights = starting_weights(config)
     tokenizer = load_tokenizer(config.llm, weights[Part.llm])
-    for part in config.stage.finetune.trainable:
-        weights[part] = parent / f"{part.name}.safetensors"
-    weights[Part.projector] = parent / "projector.safetensors"
+    # Built from the starting folders first: their config.json has more fields than the shape.
     mllm = build_mllm(config, weights, config.stage.evaluate.precision)
+    for part in dict.fromkeys([Part.projector, *config.stage.finetune.trainable]):
+        load_part(mllm, part, parent / f"{part.name}.safetensors")
     on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     mllm.eval().to("cuda" if on_gpu else "cpu")
     image = config.vision.image
