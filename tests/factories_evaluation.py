@@ -1,14 +1,18 @@
-"""Tiny real models with random weights, and prompts for them."""
+"""Tiny real models with random weights, prompts for them, and tasks on disk."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from morebench.config.compose import load_chat_format
+from morebench.config.schema import Profile, Task, TaskData
 from morebench.data.chat import ChatFormat
 from morebench.models.attention import VARLEN
 from morebench.models.llm import llm_config
@@ -25,6 +29,8 @@ VISION_SHAPE: dict[str, Any] = {
     "mlp_dim": 32,
 }
 VISION_SHAPE |= {"prefix_tokens": 1, "activation": "quick_gelu", "norm_eps": 1e-5}
+NUM_ITEMS = 20
+CLASSES = {"vqa": "gqa.GQA", "pope": "pope.POPE", "mc": "ai2d.AI2D"}
 CHAT_FORMATS = {"gemma2": "gemma_2", "phi3": "phi_4", "llama": "llama_3_1"}
 FAMILIES = tuple(CHAT_FORMATS)
 
@@ -87,3 +93,30 @@ def questions(seed: int) -> Iterator[str]:
     while True:
         text = bytes(generator.integers(97, 123, generator.integers(1, 25))).decode()
         yield "<image>" * generator.choice([0, 1, 1, 1, 2]) + text
+
+
+def make_task(folder: Path, name: str, generator: np.random.Generator) -> Task:
+    records: list[dict[str, Any]] = []
+    for number in range(NUM_ITEMS):
+        image = f"noise{generator.integers(8)}.png"
+        pixels = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / image)
+        question = "Is it " + "very " * int(generator.integers(0, 6)) + f"red, {number}?"
+        record = {"id": f"{name}{number}", "image": image, "question": question, "answer": "yes"}
+        if name == "mc":
+            record |= {"answer": str(number % 2), "options": ["red", "blue"]}
+        records.append(record)
+    (folder / f"{name}.json").write_text(json.dumps(records))
+    place = TaskData(
+        hub_id=None,
+        config=None,
+        split=None,
+        revision=None,
+        folder="toy",
+        records=f"{name}.json",
+        images="images",
+        num_rows=NUM_ITEMS,
+        build=None,
+    )
+    code = {"_target_": f"morebench.evaluation.tasks.{CLASSES[name]}"}
+    return Task(label=name, data=place, code=code, max_new_tokens={profile.name: 5 for profile in Profile})

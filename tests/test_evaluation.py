@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factories_evaluation import CLASSES, NUM_ITEMS, make_task
 from factories_training import make_cell, with_trainer
 from PIL import Image
 
-from morebench.config.schema import Config, Part, Profile, Suite, Task, TaskData
+from morebench.config.schema import Config, Part, Profile, Suite
 from morebench.errors import ConfigError, DataError, MorebenchError, WeightsError
 from morebench.evaluation import run
 from morebench.evaluation.generate import Answer
@@ -24,8 +25,6 @@ from morebench.models.parts import build_mllm, save_parts
 from morebench.models.weights import starting_weights
 from morebench.reporting.results import scored_items
 
-NUM_ITEMS = 20
-CLASSES = {"vqa": "gqa.GQA", "pope": "pope.POPE", "mc": "ai2d.AI2D"}
 Cell = tuple[Config, Path]
 
 
@@ -51,33 +50,6 @@ def cell(tmp_path_factory: pytest.TempPathFactory) -> Cell:
         parent,
     )
     return config, parent
-
-
-def make_task(folder: Path, name: str, generator: np.random.Generator) -> Task:
-    records: list[dict[str, Any]] = []
-    for number in range(NUM_ITEMS):
-        image = f"noise{generator.integers(8)}.png"
-        pixels = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / image)
-        question = "Is it " + "very " * int(generator.integers(0, 6)) + f"red, {number}?"
-        record = {"id": f"{name}{number}", "image": image, "question": question, "answer": "yes"}
-        if name == "mc":
-            record |= {"answer": str(number % 2), "options": ["red", "blue"]}
-        records.append(record)
-    (folder / f"{name}.json").write_text(json.dumps(records))
-    place = TaskData(
-        hub_id=None,
-        config=None,
-        split=None,
-        revision=None,
-        folder="toy",
-        records=f"{name}.json",
-        images="images",
-        num_rows=NUM_ITEMS,
-        build=None,
-    )
-    code = {"_target_": f"morebench.evaluation.tasks.{CLASSES[name]}"}
-    return Task(label=name, data=place, code=code, max_new_tokens={profile.name: 5 for profile in Profile})
 
 
 def make_folder(path: Path) -> Path:
