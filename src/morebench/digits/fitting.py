@@ -37,7 +37,7 @@ def fit(
     lr: float,
     label: str,
 ) -> None:
-    """Muon for `matrices` (the weights of the blocks), which halves the steps they need; AdamW for `others`."""
+    """Muon for `matrices` (the weights of the blocks), which learn in half the steps; AdamW for `others`."""
     matrices, others = list(matrices), list(others)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),

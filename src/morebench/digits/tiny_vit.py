@@ -1,4 +1,4 @@
-"""Tiny ViTs of the real classes, whole: the MLLM reads them before the last block, a checkpoint has it all."""
+"""Tiny ViTs of the real classes, whole: a checkpoint has the last block too, which the MLLM does not read."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -55,7 +55,7 @@ def trained_parameters(model: Any) -> tuple[list[nn.Parameter], list[nn.Paramete
     outside = [
         parameter
         for name, parameter in model.named_parameters()
-        if not name.startswith(("transformer.resblocks.", "blocks.", "ln_post.", "proj", "norm."))
+        if not name.startswith(("transformer.resblocks.", "blocks.", "ln_post.", "proj", "norm.", "fc_norm."))
     ]
     matrices = [parameter for parameter in trained if parameter.ndim == 2]
     return matrices, [parameter for parameter in trained if parameter.ndim != 2] + outside
@@ -130,4 +130,5 @@ def _timm_vit(shape: Mapping[str, Any]) -> tuple[nn.Module, nn.Parameter, Any]:
         num_classes=0,
         global_pool="token" if shape["prefix_tokens"] else "avg",
     )
+    assert model.pos_embed is not None
     return model, model.pos_embed, model.blocks

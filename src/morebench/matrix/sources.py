@@ -64,5 +64,8 @@ def _no_file(label: str, folder: Path, wanted: str, is_built: bool) -> str:
         if is_built
         else "Put the published files there, or set paths.data"
     )
-    found = "is empty" if folder.is_dir() and not any(folder.iterdir()) else "does not hold it"
-    return f"data: {label}: expected {wanted} in {folder}, which {found if folder.is_dir() else 'does not exist'}. {mend}."
+    if not folder.is_dir():
+        found = "does not exist"
+    else:
+        found = "does not hold it" if any(folder.iterdir()) else "is empty"
+    return f"data: {label}: expected {wanted} in {folder}, which {found}. {mend}."
