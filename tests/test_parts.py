@@ -110,7 +110,7 @@ def test_bf16_with_autocast_follows_fp32(tmp_path: Path) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss = built(config, Precision.bf16, trainable)(batch)
         assert loss.dtype == torch.float32
-        torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
+        torch.testing.assert_close(loss, exact, rtol=0.05, atol=0)  # 8 bits of mantissa
 
 
 def test_vision_cannot_be_trained(tmp_path: Path) -> None:
