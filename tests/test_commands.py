@@ -217,6 +217,7 @@ def test_quarantined_samples_are_counted_and_change_the_run(copy: Path) -> None:
         (["+llm.foo=1"], ["+llm.foo=1"]),
         (["experiments=digits"], ["train -m experiments=digits"]),
         (["paths.runs=/dev/null/runs"], ["/dev/null/runs", "paths.runs="]),
+        (["tracking.uri='http://me:hunter2@localhost'"], ["MLFLOW_TRACKING_PASSWORD"]),
         ([], ["microsoft/Phi-4-mini-instruct", "blip_laion_cc_sbu_558k.json"]),
     ],
 )

@@ -8,20 +8,22 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from morebench.config.compose import build
-from morebench.config.schema import Config, TaskData, TrainingData
-from morebench.errors import RunError
+from morebench.config.schema import Config, TaskData, Tracking, TrainingData
+from morebench.errors import ConfigError, RunError
 from morebench.models.weights import built_folder
 
 
 def prepare(configs: Iterable[Config]) -> None:
     """Call every `build` recipe whose folder does not exist, one process each, as many as there are cores.
 
-    Raises RunError when the place for runs cannot be written: nothing is built in that case.
+    Raises ConfigError or RunError before anything is built when no run could start afterwards.
     """
     missing: dict[Path, Mapping[str, Any]] = {}
     for config in configs:
+        check_tracking(config.tracking)
         check_writable(Path(config.paths.runs))
         for folder, recipe in _recipes(config):
             if not folder.exists():
@@ -36,6 +38,15 @@ def prepare(configs: Iterable[Config]) -> None:
         for job in as_completed(jobs):
             job.result()
             print(f"built {jobs[job].name} after {time.monotonic() - begun:.0f} s", file=sys.stderr)
+
+
+def check_tracking(tracking: Tracking) -> None:
+    """A password in the address would be written into the config.yaml of every run."""
+    if tracking.uri and urlsplit(tracking.uri).password:
+        raise ConfigError(
+            "tracking.uri holds a password. Give it in the environment: MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or PGPASSWORD for a database."
+        )
 
 
 def check_writable(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from morebench.config.compose import load_config, save_config
 from morebench.config.schema import Step
-from morebench.errors import EXIT_DISK_FULL, EXIT_DONE, EXIT_FAILED, MorebenchError, RunError
+from morebench.errors import EXIT_DISK_FULL, EXIT_DONE, EXIT_FAILED, Interrupted, MorebenchError, RunError
 from morebench.matrix import ledger
 from morebench.matrix.mirror import Mirror
 from morebench.matrix.plan import PlannedRun
@@ -89,6 +89,9 @@ def _run(folder: Path) -> None:
         artefacts = [path for path in folder.rglob("*") if path.is_file() and _is_artefact(path, folder)]
         ledger.mark_done(folder, artefacts)
         status = "FINISHED"
+    except Interrupted:
+        status = "KILLED"
+        raise
     finally:
         mirror.close(status=status)
 
