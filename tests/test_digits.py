@@ -19,14 +19,16 @@ from morebench.data.images import load_image, resolve_inside
 from morebench.data.records import read_records
 from morebench.digits import scenes, tiny_llm, tiny_vision
 from morebench.digits.fitting import schedule
+from morebench.digits.look_back import start_looking_back
 from morebench.digits.questions import SHORT_ANSWER, ask_presence, open_questions
 from morebench.digits.render import load_scans, render
+from morebench.digits.text_worlds import draw_page
 from morebench.digits.tiny_tokenizer import FAMILIES
 from morebench.digits.tiny_vision import draw_full_scene, make_views, patch_targets
 from morebench.digits.tiny_vit import build_vit, penultimate, trained_parameters
 from morebench.digits.world import Scene, Thing, draw_scene
 from morebench.errors import ConfigError
-from morebench.models.llm import load_llm, load_tokenizer
+from morebench.models.llm import llm_config, load_llm, load_tokenizer
 from morebench.models.vision import OpenClipEncoder, TimmEncoder
 
 TASKS = ("digits_vqa", "digits_pope", "digits_mc")
@@ -375,3 +377,36 @@ def test_the_schedule_warms_up_and_ends_near_zero() -> None:
     values = [schedule(step, 100) for step in range(100)]
     assert values[0] < values[4] == max(values)
     assert values[-1] < 0.001
+
+
+@pytest.mark.parametrize("family", TINY_LLMS)
+def test_the_first_block_starts_by_looking_back(family: str) -> None:
+    """Head h reads the token h + 1 places back more than any other, over random tokens."""
+    config = llm_config(load_shape(f"llm/{TINY_LLMS[family]}.json"))
+    config.initializer_range, config.pad_token_id = tiny_llm.INITIALIZER_RANGE, 0
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    start_looking_back(model)
+    with torch.no_grad():
+        (attention_HTT,) = model(torch.randint(0, 500, (1, 30)), output_attentions=True).attentions[0]
+    for head, weights_TT in enumerate(attention_HTT):
+        by_distance = [float(weights_TT.diagonal(-distance).mean()) for distance in range(12)]
+        assert np.argmax(by_distance) == head + 1
+
+
+def test_a_page_asks_what_its_scene_tells() -> None:
+    kinds = set()
+    for seed in range(100):
+        (told, asked), *lookups = draw_page(np.random.default_rng(seed))
+        assert not asked
+        words = set(told.replace(".", "").replace(",", "").split())
+        assert any(answer for _, answer in lookups)
+        for (key, _), (answer, _) in zip(lookups[::2], lookups[1::2], strict=False):
+            if key.endswith(":"):
+                kinds.add("cards")
+                assert {*key[:-1].split(), *answer.split()} <= words
+            else:
+                kinds.add("questions")
+        if len(lookups) == 1:
+            kinds.add("caption")
+    assert kinds == {"cards", "questions", "caption"}

@@ -22,9 +22,9 @@ def print_plan(plan: Plan, file: TextIO = sys.stdout) -> None:
     """One row a cell, one column a step, then what will run and what is shared."""
     console = Console(file=file)
     table = Table(box=None, header_style="bold")
-    table.add_column("cell", no_wrap=True)
+    table.add_column("cell", overflow="fold")
     for step in CHAIN:
-        table.add_column(step.name, no_wrap=True)
+        table.add_column(step.name, min_width=8)
     for cell, ids in zip(plan.cells, plan.ids, strict=True):
         row = []
         for step in CHAIN:

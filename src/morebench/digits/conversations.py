@@ -63,7 +63,7 @@ def draw_exchanges(scene: Scene, count: int, rng: np.random.Generator) -> list[E
     asked: set[str] = set()
     prompted = False
     while len(exchanges) < count:
-        question = _draw_question(scene, rng)
+        question = draw_question(scene, rng)
         if question.text in asked:
             continue
         asked.add(question.text)
@@ -91,7 +91,7 @@ def draw_fact(rng: np.random.Generator) -> Exchange:
     return f"Is {word} a {noun}?", "yes" if (word in COLOURS) == (noun == "colour") else "no"
 
 
-def _draw_question(scene: Scene, rng: np.random.Generator) -> Question:
+def draw_question(scene: Scene, rng: np.random.Generator) -> Question:
     draw = rng.random()
     if draw < 0.2:
         return draw_presence(scene, rng)

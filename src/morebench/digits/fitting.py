@@ -7,7 +7,7 @@ from math import cos, pi
 import torch
 from torch import Tensor, nn
 
-from morebench.digits.progress import count_up
+from morebench.progress import track
 
 WARMUP_SHARE = 0.05
 GRADIENT_CLIP = 1.0
@@ -43,7 +43,7 @@ def fit(
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
-    for step in count_up(steps, label):
+    for step in track(range(steps), label):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule(step, steps)

@@ -14,7 +14,6 @@ from morebench.digits.conversations import (
     text_record,
 )
 from morebench.digits.folders import new_folder
-from morebench.digits.progress import count_up
 from morebench.digits.render import Scans, load_scans, render
 from morebench.digits.tasks import (
     multiple_choice_records,
@@ -22,6 +21,7 @@ from morebench.digits.tasks import (
     vqa_records,
 )
 from morebench.digits.world import Scene, draw_scene
+from morebench.progress import track
 
 IMAGES = "images"
 SCAN_IDS = "scans.json"  # image file -> rows of scikit-learn's digits drawn in it
@@ -97,7 +97,7 @@ class _ImageWriter:
 
 def _numbered(total: int, stream: list[int], label: str) -> Iterator[tuple[int, np.random.Generator]]:
     """A generator of its own per item, so that changing one leaves the others as they are."""
-    for number in count_up(total, label):
+    for number in track(range(total), label):
         yield number, np.random.default_rng([*stream, number])
 
 

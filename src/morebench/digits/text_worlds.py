@@ -5,10 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from morebench.data.records import Sample, Turn
-from morebench.digits.conversations import DESCRIBE, draw_exchanges, draw_fact
+from morebench.digits.conversations import DESCRIBE, draw_exchanges, draw_fact, draw_question
 from morebench.digits.world import Scene, Thing, draw_scene
 
 MAX_QUESTIONS = 4
+LOOKUPS = 8  # on a page of cards or questions
+CARDS_SHARE, CAPTION_SHARE = 0.6, 0.06  # of pages; the others are questions
+
+Piece = tuple[str, bool]  # text, and whether the reader has to predict it
 
 
 def draw_chat(rng: np.random.Generator) -> Sample:
@@ -23,16 +27,31 @@ def draw_chat(rng: np.random.Generator) -> Sample:
     return _sample([(f"{_told(scene, rng)}\n{question}", answer), *exchanges[1:]])
 
 
-def draw_page(rng: np.random.Generator) -> tuple[str, str]:
-    """Notes and the caption they amount to: what pretrain will ask for, with an image instead of notes."""
+def draw_page(rng: np.random.Generator) -> list[Piece]:
+    """A told scene, then many lookups in it without a chat layout: far more to learn per token than a chat.
+
+    Cards give one attribute of a thing and ask for the other two, which teaches what belongs together.
+    """
     scene = draw_scene(rng)
-    return f"{draw_notes(scene, rng)}\n", f"{scene.caption()}\n"
+    kind = rng.random()
+    if kind < CAPTION_SHARE:  # what pretrain will ask for, with an image instead of notes
+        return [(f"{draw_notes(scene, rng)}\n", False), (f"{scene.caption()}\n", True)]
+    pieces = [(f"{_told(scene, rng)}\n", False)]
+    for _ in range(LOOKUPS):
+        if kind < CAPTION_SHARE + CARDS_SHARE:
+            words = _words(scene.things[int(rng.integers(len(scene.things)))])
+            key = words.pop(int(rng.integers(len(words))))
+            pieces += [(f"{key}:", False), (f" {' '.join(words)}\n", True)]
+        else:
+            question = draw_question(scene, rng)
+            pieces += [(f"{question.text}\n", False), (f"{question.answer}\n", True)]
+    return pieces
 
 
 def draw_notes(scene: Scene, rng: np.random.Generator) -> str:
     """Bags of words, thing by thing, in any order: nearer to what patches give than a sentence is."""
     order = rng.permutation(len(scene.things)).tolist()
-    return ". ".join(" ".join(_shuffled(_words(scene.things[index]), rng)) for index in order)
+    return " ".join(f"{' '.join(_shuffled(_words(scene.things[index]), rng))}." for index in order)
 
 
 def _told(scene: Scene, rng: np.random.Generator) -> str:

@@ -10,24 +10,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from morebench.config.compose import load_chat_format, load_shape
 from morebench.data.chat import ChatFormat, Encoded
 from morebench.digits.fitting import fit, reproducible
 from morebench.digits.folders import new_folder
+from morebench.digits.look_back import start_looking_back
 from morebench.digits.text_worlds import draw_chat, draw_page
 from morebench.digits.tiny_tokenizer import find_family, train_tokenizer
 from morebench.models.attention import VARLEN
 from morebench.models.llm import llm_config
 
 LR = 4e-3
-PAGE_SHARE = 0.25  # samples in the plain layout of pretrain
+CHAT_SHARE = 0.4  # samples in the chat layout; the others are plain pages
+INITIALIZER_RANGE = 0.05  # the usual 0.02 is too small for so narrow a model: nothing happens for many steps
 CONTEXT_WEIGHT = 0.1  # loss on the words of a told scene, which nothing predicts, and on the layout
 NUM_TOKENIZER_TEXTS = 2000
 MAX_LENGTH = 512
 
 
-def build(folder: Path, family: str, shape: str, seed: int, steps: int = 500, batch_size: int = 32) -> None:
+def build(folder: Path, family: str, shape: str, seed: int, steps: int = 520, batch_size: int = 32) -> None:
     """An existing `folder` is kept."""
     if folder.exists():
         return
@@ -40,7 +43,9 @@ def build(folder: Path, family: str, shape: str, seed: int, steps: int = 500, ba
         config = llm_config(facts)
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
+        config.initializer_range = INITIALIZER_RANGE
         model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN)
+        start_looking_back(model)
         writer = Writer(ChatFormat.from_dict(raw_format), tokenizer)
 
         def loss_of_step(step: int) -> Tensor:
@@ -51,6 +56,7 @@ def build(folder: Path, family: str, shape: str, seed: int, steps: int = 500, ba
         matrices = [p for p in model.parameters() if id(p) in blocks]
         others = [p for p in model.parameters() if id(p) not in blocks]
         fit(matrices, others, loss_of_step, steps, LR, f"{shape}: learning to read")
+        transformers_logging.disable_progress_bar()  # of one shard
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
 
@@ -61,14 +67,14 @@ class Writer:
     tokenizer: PreTrainedTokenizerFast
 
     def draw(self, rng: np.random.Generator) -> Encoded:
-        if rng.random() >= PAGE_SHARE:
+        if rng.random() < CHAT_SHARE:
             return self.chat.encode(draw_chat(rng), self.tokenizer, 0, MAX_LENGTH)
-        notes, caption = draw_page(rng)
-        notes_ids, caption_ids = self.tokenizer([notes, caption], add_special_tokens=False)["input_ids"]
+        texts, answers = zip(*draw_page(rng), strict=True)
+        pieces = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         has_bos = self.tokenizer.bos_token_id != self.tokenizer.eos_token_id
-        prompt = [self.tokenizer.bos_token_id] * has_bos + notes_ids
-        ids = np.array(prompt + caption_ids, np.int32)
-        return Encoded(ids, np.arange(len(ids)) >= len(prompt), np.zeros(len(ids), np.bool_), False)
+        ids = [self.tokenizer.bos_token_id] * has_bos + [token for piece in pieces for token in piece]
+        supervised = np.repeat([False, *answers], [int(has_bos), *map(len, pieces)])
+        return Encoded(np.array(ids, np.int32), supervised, np.zeros(len(ids), np.bool_), False)
 
 
 def packed_loss(model: PreTrainedModel, samples: list[Encoded]) -> Tensor:
@@ -100,5 +106,5 @@ def tokenizer_texts(chat_format: dict[str, Any], rng: np.random.Generator) -> It
     fixed = [item["text"] for key in ("start", "turn") for item in chat_format.get(key, []) if "text" in item]
     for _ in range(NUM_TOKENIZER_TEXTS):
         yield from (text for turn in draw_chat(rng).turns for text in (turn.question, turn.answer))
-        yield from draw_page(rng)
+        yield from (text for text, _ in draw_page(rng))
         yield from (text.replace("{question}", "").replace("{answer}", "") for text in fixed)

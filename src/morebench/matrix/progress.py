@@ -87,8 +87,10 @@ class Display:
 
     def _table(self) -> Table:
         table = Table(box=None, header_style="bold")
-        for title in ("cell", "step", "state", "time", ""):
-            table.add_column(title, no_wrap=title != "")
+        table.add_column("cell", overflow="fold")
+        for title in ("step", "state", "time"):
+            table.add_column(title, no_wrap=True)
+        table.add_column()
         for run_id, row in self.rows.items():
             run = self.runs[run_id]
             shared = f" (+{len(run.shared_by) - 1})" if len(run.shared_by) > 1 else ""

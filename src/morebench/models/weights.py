@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from morebench.config.schema import Config, Part, Paths, Weights
@@ -26,11 +28,22 @@ def locate(weights: Weights, paths: Paths) -> Path | None:
 
 
 def built_folder(weights: Weights, paths: Paths) -> Path:
-    """Where the recipe `weights.build` puts its part; another recipe gets another folder."""
+    """Where the recipe `weights.build` puts its part; another recipe, or other code, gets another folder."""
     assert weights.build is not None
-    name = weights.build["_target_"].rsplit(".", 2)[-2]
-    recipe = json.dumps(weights.build, sort_keys=True)
+    package, name, _ = weights.build["_target_"].rsplit(".", 2)
+    recipe = json.dumps([weights.build, _source_hash(package)], sort_keys=True)
     return Path(paths.cache) / "parts" / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+
+
+@cache
+def _source_hash(package: str) -> str:
+    """sha256 over a package's own *.py files, which are read and not run."""
+    spec = find_spec(package)
+    assert spec is not None, package
+    files = sorted(
+        path for place in spec.submodule_search_locations or [] for path in Path(place).glob("*.py")
+    )
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def starting_weights(config: Config) -> dict[Part, Path]:

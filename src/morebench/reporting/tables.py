@@ -164,7 +164,7 @@ def terminal_table(table: Table) -> TerminalTable:
         shown.add_column(AXIS_TITLES[axis], no_wrap=True)
     for column in table.columns:
         shown.add_column(column.label, justify="right", no_wrap=True)
-    with_intervals = len(table.columns) <= 4
+    with_intervals = len(table.columns) <= 5
     for row in table.rows:
         names = (f"  {row.control}", *("" for _ in row.names[1:])) if row.control else row.names
         cells = [Text(name, style="dim" if row.control else "") for name in names]
@@ -207,5 +207,5 @@ def _terminal_number(printed: Printed, control: str, with_interval: bool) -> Tex
     style = "dim" if control else {0: "", 1: "bold", 2: "underline"}[printed.rank]
     text = Text(printed.text, style=style)
     if with_interval and printed.interval:
-        text.append(f" {printed.interval:>9}", style="dim")
+        text.append(f"\n{printed.interval}", style="dim")
     return text

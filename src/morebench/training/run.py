@@ -16,6 +16,7 @@ from morebench.config.schema import Config, Step
 from morebench.data.datamodule import loader
 from morebench.errors import Interrupted
 from morebench.models.parts import save_parts
+from morebench.progress import Progress
 from morebench.training.choices import Choices, this_machine, threads_for
 from morebench.training.files import (
     disk_full_named,
@@ -26,7 +27,6 @@ from morebench.training.files import (
     update_manifest,
 )
 from morebench.training.module import StageModule
-from morebench.training.progress import StepProgress
 from morebench.training.provenance import provenance
 from morebench.training.resume import Checkpoint, newest_checkpoint, restore_parameters
 from morebench.training.saving import Saver
@@ -140,7 +140,7 @@ def _fit(
         metrics = None
         if trainer.is_global_zero:
             metrics = stack.enter_context(MetricsFile(folder / METRICS, first_step))
-            progress = stack.enter_context(StepProgress(label, plan.num_steps, first_step))
+            progress = stack.enter_context(Progress(label, plan.num_steps, first_step))
             callbacks.append(Telemetry(metrics, progress))
         saver = Saver(
             folder / CHECKPOINTS,

@@ -9,9 +9,9 @@ from typing import Any, Self
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from morebench.progress import Progress
 from morebench.training.files import disk_full_named, write_atomically
 from morebench.training.module import StageModule
-from morebench.training.progress import StepProgress
 
 
 class MetricsFile:
@@ -59,7 +59,7 @@ def lines_before(path: Path, first_step: int) -> list[str]:
 class Telemetry(Callback):
     """On rank 0 only; the module has already summed over ranks."""
 
-    def __init__(self, metrics: MetricsFile, progress: StepProgress) -> None:
+    def __init__(self, metrics: MetricsFile, progress: Progress) -> None:
         self._metrics = metrics
         self._progress = progress
         self._waited = 0.0
@@ -96,6 +96,6 @@ class Telemetry(Callback):
                 "grad_norm": stats.grad_norm,
             }
         )
-        self._progress.update(stats.step + 1, stats.loss, rate)
+        self._progress.update(stats.step + 1, f"loss {stats.loss:.4f}, {rate:,.0f} tokens/s")
         self._waited = 0.0
         self._step_began = now
