@@ -144,7 +144,8 @@ def test_terminal_table_prints_every_row_with_intervals(digits_table: Table):
     assert text.count("blind") == 3
     assert "Gemma-2-tiny" in text
     best = digits_table.rows[0].printed[0]
-    assert best.text in text and best.interval in text
+    assert best.text in text
+    assert best.interval in text
 
 
 def test_latex_is_a_booktabs_table_with_as_many_cells_as_columns():

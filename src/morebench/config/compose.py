@@ -2,8 +2,9 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, cast
 
@@ -110,9 +111,25 @@ def compose_config(overrides: Sequence[str] = ()) -> Composed:
         choices = {str(key): str(value) for key, value in tree.hydra.runtime.choices.items()}
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
-        return Composed(choices, to_config(tree))
+        config = to_config(tree)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"Cannot compose {' '.join(overrides)}: {reason(error)}") from error
+    if problems := list(out_of_bounds(config)):
+        raise ConfigError(f"Cannot compose {' '.join(overrides)}: {'; '.join(problems)}")
+    return Composed(choices, config)
+
+
+def out_of_bounds(node: Any, prefix: str = "") -> Iterator[str]:
+    """A sentence for every number outside the bounds its field declares."""
+    for field in fields(node):
+        name, value = f"{prefix}{field.name}", getattr(node, field.name)
+        if is_dataclass(value):
+            yield from out_of_bounds(value, f"{name}.")
+        elif value is not None and (bounds := field.metadata.get("bounds")):
+            low, high = bounds
+            if not low <= value <= (inf if high is None else high):
+                wanted = f"{low} or more" if high is None else f"{low} to {high}"
+                yield f"{name} must be {wanted}, found {value}"
 
 
 def _run_mode() -> Any:

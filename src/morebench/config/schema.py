@@ -15,6 +15,11 @@ def unidentified() -> Any:
     return field(metadata={"identity": False})
 
 
+def bounded(low: float, high: float | None = None) -> Any:
+    """A number that must lie in [low, high]; None is not checked."""
+    return field(metadata={"bounds": (low, high)})
+
+
 class Part(Enum):
     vision = "vision"
     projector = "projector"
@@ -100,7 +105,7 @@ class LLM:
 @dataclass(kw_only=True)
 class ImageProcessing:
     resize: Resize
-    resize_to: int  # pixels: shortest edge, or both sides when squashing
+    resize_to: int = bounded(1)  # pixels: shortest edge, or both sides when squashing
     interpolation: Interpolation
     mean: list[float]  # per channel, of values in [0, 1]
     std: list[float]
@@ -133,17 +138,17 @@ class TrainingData:
 
 @dataclass(kw_only=True)
 class Projector:
-    depth: int  # linear layers with GELU between; 2 is LLaVA-1.5's mlp2x_gelu
+    depth: int = bounded(1)  # linear layers with GELU between; 2 is LLaVA-1.5's mlp2x_gelu
 
 
 @dataclass(kw_only=True)
 class Optimizer:
     """torch.optim.AdamW."""
 
-    lr: float
-    weight_decay: float
+    lr: float = bounded(0)
+    weight_decay: float = bounded(0)
     betas: list[float]
-    eps: float
+    eps: float = bounded(0)
 
 
 @dataclass(kw_only=True)
@@ -151,13 +156,13 @@ class TrainRecipe:
     trainable: list[Part]
     chat_format: str | None  # null: the LLM's own
     image_aspect_ratio: AspectRatio
-    max_length: int  # tokens, visual ones included
-    global_batch_size: int  # samples per optimizer step, whatever the number of devices
-    epochs: int
-    max_steps: int | None  # stop early; the learning-rate schedule then ends there too
-    warmup_ratio: float  # share of the optimizer steps
+    max_length: int = bounded(1)  # tokens, visual ones included
+    global_batch_size: int = bounded(1)  # samples per optimizer step, whatever the number of devices
+    epochs: int = bounded(1)
+    max_steps: int | None = bounded(1)  # stop early; the learning-rate schedule then ends there too
+    warmup_ratio: float = bounded(0, 1)  # share of the optimizer steps
     optimizer: Optimizer
-    gradient_clip_val: float | None
+    gradient_clip_val: float | None = bounded(0)
     order: Order
     precision: Precision
 
@@ -225,13 +230,13 @@ class Trainer:
 
     accelerator: str  # cpu, gpu or auto
     devices: str  # a count, or auto
-    num_nodes: int
+    num_nodes: int = bounded(1)
     strategy: str  # auto or ddp
-    num_workers: int  # data-loading processes per rank
-    threads: int | None  # CPU threads per rank; null: all cores shared by the parallel steps
-    micro_batch_tokens: int  # tokens one device takes at once
-    checkpoint_every_n_steps: int
-    evaluate_batch_size: int
+    num_workers: int = bounded(0)  # data-loading processes per rank
+    threads: int | None = bounded(1)  # CPU threads per rank; null: all cores shared by the parallel steps
+    micro_batch_tokens: int = bounded(1)  # tokens one device takes at once
+    checkpoint_every_n_steps: int = bounded(1)
+    evaluate_batch_size: int = bounded(1)
 
 
 @dataclass(kw_only=True)
@@ -263,7 +268,7 @@ class Config:
     trainer: Trainer
     tracking: Tracking
     paths: Paths
-    seed: int
+    seed: int = bounded(0, 2**32 - 1)
     on_bad_image: ImagePolicy
     experiments: str | None  # files in experiments/ (-m experiments=a,b); in a cell, the one it comes from
 

@@ -19,6 +19,7 @@ from morebench.digits.world import COLOURS, NUMBERS, Scene, draw_scene
 DESCRIBE = ("Describe the image.", "What do you see?", "What is in the image?")
 TEXT_ONLY_SHARE = 0.1
 DESCRIBE_SHARE = 0.15  # conversations that open with a caption
+OPTIONS_SHARE = 0.12  # of the questions that have four answers or more
 IMAGE_LAST_SHARE = 0.2  # conversations with the image token after the first question
 MAX_QUESTIONS = 4
 
@@ -67,7 +68,7 @@ def draw_exchanges(scene: Scene, count: int, rng: np.random.Generator) -> list[E
         if question.text in asked:
             continue
         asked.add(question.text)
-        if len(question.choices) >= len(LETTERS) and rng.random() < 0.25:
+        if len(question.choices) >= len(LETTERS) and rng.random() < OPTIONS_SHARE:
             correct = int(rng.integers(len(LETTERS)))
             options = draw_options(question, correct, rng)
             exchanges.append((with_options(question.text, options), LETTERS[correct]))
@@ -93,12 +94,12 @@ def draw_fact(rng: np.random.Generator) -> Exchange:
 
 def draw_question(scene: Scene, rng: np.random.Generator) -> Question:
     draw = rng.random()
-    if draw < 0.2:
+    if draw < 0.32:
         return draw_presence(scene, rng)
-    if draw < 0.3:
+    if draw < 0.4:
         return ask_attribute(scene.things[int(rng.integers(len(scene.things)))], rng)
     questions = open_questions(scene)
-    if draw < 0.38:
+    if draw < 0.46:
         return questions[0]
     return questions[int(rng.integers(1, len(questions)))]
 

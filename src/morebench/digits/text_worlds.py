@@ -6,11 +6,12 @@ import numpy as np
 
 from morebench.data.records import Sample, Turn
 from morebench.digits.conversations import DESCRIBE, draw_exchanges, draw_fact, draw_question
-from morebench.digits.world import Scene, Thing, draw_scene
+from morebench.digits.world import COLOURS, NUMBERS, PLACES, Scene, Thing, draw_scene
 
 MAX_QUESTIONS = 4
 LOOKUPS = 8  # on a page of cards or questions
 CARDS_SHARE, CAPTION_SHARE = 0.6, 0.06  # of pages; the others are questions
+PRESENCE_SHARE = 0.3  # of cards
 
 Piece = tuple[str, bool]  # text, and whether the reader has to predict it
 
@@ -30,7 +31,8 @@ def draw_chat(rng: np.random.Generator) -> Sample:
 def draw_page(rng: np.random.Generator) -> list[Piece]:
     """A told scene, then many lookups in it without a chat layout: far more to learn per token than a chat.
 
-    Cards give one attribute of a thing and ask for the other two, which teaches what belongs together.
+    Cards give one attribute of a thing and ask for the other two, or whether it is there at all: what
+    belongs together is learnt from them first, and the questions after it.
     """
     scene = draw_scene(rng)
     kind = rng.random()
@@ -39,13 +41,26 @@ def draw_page(rng: np.random.Generator) -> list[Piece]:
     pieces = [(f"{_told(scene, rng)}\n", False)]
     for _ in range(LOOKUPS):
         if kind < CAPTION_SHARE + CARDS_SHARE:
-            words = _words(scene.things[int(rng.integers(len(scene.things)))])
-            key = words.pop(int(rng.integers(len(words))))
-            pieces += [(f"{key}:", False), (f" {' '.join(words)}\n", True)]
+            key, answer = draw_card(scene, rng)
+            pieces += [(key, False), (f" {answer}\n", True)]
         else:
             question = draw_question(scene, rng)
             pieces += [(f"{question.text}\n", False), (f"{question.answer}\n", True)]
     return pieces
+
+
+def draw_card(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """`green:` is answered by what is green, `green?` by yes or no."""
+    told = _words(scene.things[int(rng.integers(len(scene.things)))])
+    kind = int(rng.integers(len(told)))
+    key = told.pop(kind)
+    if rng.random() >= PRESENCE_SHARE:
+        return f"{key}:", " ".join(told)
+    there = {_words(thing)[kind] for thing in scene.things}
+    absent = [value for value in (tuple(COLOURS), NUMBERS, PLACES)[kind] if value not in there]
+    if absent and rng.integers(2):
+        return f"{absent[int(rng.integers(len(absent)))]}?", "no"
+    return f"{key}?", "yes"
 
 
 def draw_notes(scene: Scene, rng: np.random.Generator) -> str:
