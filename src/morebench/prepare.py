@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,11 @@ def prepare(configs: Iterable[Config]) -> None:
 
     Raises ConfigError or RunError before anything is built when no run could start afterwards.
     """
-    missing: dict[Path, Mapping[str, Any]] = {}
+    configs = list(configs)
     for config in configs:
         check_tracking(config.tracking)
         check_writable(Path(config.paths.runs))
-        for folder, recipe in _recipes(config):
-            if not folder.exists():
-                missing[folder] = recipe
+    missing = {folder: recipe for folder, recipe in _recipes(configs) if not folder.exists()}
     if not missing:
         return
     print(f"building {', '.join(folder.name for folder in missing)}", file=sys.stderr)
@@ -61,14 +59,18 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def _recipes(config: Config) -> Iterable[tuple[Path, Mapping[str, Any]]]:
-    tasks: list[TrainingData | TaskData] = [task.data for task in config.suite.tasks.values()]
-    for data in [config.pretrain_data, config.finetune_data, *tasks]:
-        if data.build is not None:
-            yield Path(config.paths.data) / data.folder, data.build
-    for weights in (config.llm.weights, config.vision.weights):
+def _recipes(configs: Sequence[Config]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """LLMs first: they take longest, and the rest fills up the other cores."""
+    starts = [(config.llm.weights, config.paths) for config in configs]
+    starts += [(config.vision.weights, config.paths) for config in configs]
+    for weights, paths in starts:
         if weights.build is not None:
-            yield built_folder(weights, config.paths), weights.build
+            yield built_folder(weights, paths), weights.build
+    for config in configs:
+        tasks: list[TrainingData | TaskData] = [task.data for task in config.suite.tasks.values()]
+        for data in [config.pretrain_data, config.finetune_data, *tasks]:
+            if data.build is not None:
+                yield Path(config.paths.data) / data.folder, data.build
 
 
 def _one_thread() -> None:
