@@ -30,7 +30,7 @@ NUM_TOKENIZER_TEXTS = 2000
 MAX_LENGTH = 512
 
 
-def build(folder: Path, family: str, shape: str, seed: int, steps: int = 570, batch_size: int = 32) -> None:
+def build(folder: Path, family: str, shape: str, seed: int, steps: int = 600, batch_size: int = 32) -> None:
     """An existing `folder` is kept."""
     if folder.exists():
         return

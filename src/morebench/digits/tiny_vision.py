@@ -36,7 +36,7 @@ class View:
     visible: Callable[[int, int], tuple[int, int]]  # canvas size -> the part of it that fills the input
 
 
-def build(folder: Path, provider: str, shape: str, seed: int, steps: int = 550, batch_size: int = 32) -> None:
+def build(folder: Path, provider: str, shape: str, seed: int, steps: int = 600, batch_size: int = 32) -> None:
     """An existing `folder` is kept.
 
     The loss is read off the block before the last, as the MLLM reads it; the last block and the final norm
