@@ -29,6 +29,8 @@ class Progress:
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(self._label, total=self._total, completed=self._done, text="")
+        else:
+            self._line(f"{self._total - self._done} to do")
         return self
 
     def __exit__(
