@@ -84,5 +84,6 @@ def _items(table: Table, label: str) -> str:
 
 def _widest(table: Table, k: int) -> str:
     label, digits = table.columns[k].label, table.columns[k].digits
-    halves = [(s.high - s.low) / 2 for result in table.results if (s := result.scores.get(label)) is not None]
-    return rf"$\pm${max(halves):.{digits}f}" if halves else MISSING
+    scores = [result.scores[label] for result in table.results if label in result.scores]
+    sides = [side for s in scores for side in (s.high - s.value, s.value - s.low)]
+    return rf"$\pm${max(sides):.{digits}f}" if sides else MISSING
