@@ -159,6 +159,12 @@ def test_latex_is_a_booktabs_table_with_as_many_cells_as_columns():
     assert r"$\pm$1.0 & $\pm$1 \\" in text
 
 
+def test_latex_bounds_a_column_by_the_longer_side_of_an_interval():
+    table = small_table()
+    table.results[0].scores[table.columns[0].label] = Score(62.4, 61.4, 65.4, 500)
+    assert r"$\pm$3.0 & $\pm$1 \\" in latex(table)
+
+
 def test_latex_escapes_what_labels_may_hold():
     assert escape("a_b & 50% S² {x} $1 #2") == r"a\_b \& 50\% S\textsuperscript{2} \{x\} \$1 \#2"
 
