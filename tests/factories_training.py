@@ -140,7 +140,7 @@ def _config(root: Path, family: str) -> Config:
         llm=LLM(
             label="Tiny",
             size_group="Tiny",
-            weights=Weights(hub_id="tiny/llm", revision=None, build=None),
+            weights=Weights(folder=None, hub_id="tiny/llm", revision=None, build=None),
             shape=str(root / "llm.json"),  # an absolute path wins over conf/shapes
             chat_format=CHAT_FORMATS[family],
             pad_token={"gemma2": "<pad>", "llama": "<|finetune_right_pad_id|>"}[family],
@@ -148,7 +148,7 @@ def _config(root: Path, family: str) -> Config:
         ),
         vision=Vision(
             label="Tiny",
-            weights=Weights(hub_id="tiny/vision", revision=None, build=None),
+            weights=Weights(folder=None, hub_id="tiny/vision", revision=None, build=None),
             shape=str(root / "vision.json"),
             encoder={"_target_": "morebench.models.vision.OpenClipEncoder", "name": None},
             image=ImageProcessing(

@@ -300,7 +300,7 @@ def llm_config_of(family: str) -> LLM:
     return LLM(
         label="x",
         size_group="x",
-        weights=Weights(hub_id=None, revision=None, build={}),
+        weights=Weights(folder=None, hub_id=None, revision=None, build={}),
         shape=f"llm/{TINY_LLMS[family]}.json",
         chat_format=member.chat_format,
         pad_token=member.pad,

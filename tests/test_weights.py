@@ -17,7 +17,7 @@ def cell(tmp_path: Path, *overrides: str) -> Config:
 
 
 def hub(hub_id: str, revision: str | None = None) -> Weights:
-    return Weights(hub_id=hub_id, revision=revision, build=None)
+    return Weights(folder=None, hub_id=hub_id, revision=revision, build=None)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_local_copy_comes_before_the_cache(
 
 def test_built_parts_lie_where_their_recipe_says(paths: Paths) -> None:
     recipe = {"_target_": "morebench.digits.tiny_llm.build", "family": "gemma2", "seed": 0}
-    weights = Weights(hub_id=None, revision=None, build=recipe)
+    weights = Weights(folder=None, hub_id=None, revision=None, build=recipe)
     folder = built_folder(weights, paths)
     assert folder.parent == Path(paths.cache) / "parts"
     assert folder.name.startswith("tiny_llm-")

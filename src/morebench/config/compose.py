@@ -171,14 +171,18 @@ def build(recipe: Mapping[str, Any], **runtime: Any) -> Any:
     return instantiate({**recipe, "_partial_": True}, _convert_="all")(**runtime)
 
 
-def load_shape(name: str) -> dict[str, Any]:
-    """Shape fields of a published configuration, from `conf/shapes/<name>`."""
-    return cast(dict[str, Any], json.loads(_read(CONF_DIR / "shapes" / name)))
+def load_shape(shape: str | dict[str, Any]) -> dict[str, Any]:
+    """Shape fields of a published configuration: given as they are, or in `conf/shapes/<shape>`."""
+    if isinstance(shape, dict):
+        return shape
+    return cast(dict[str, Any], json.loads(_read(CONF_DIR / "shapes" / shape)))
 
 
-def load_chat_format(stem: str) -> dict[str, Any]:
-    """A chat format as data, from `conf/chat_formats/<stem>.yaml`."""
-    return cast(dict[str, Any], yaml.safe_load(_read(CONF_DIR / "chat_formats" / f"{stem}.yaml")))
+def load_chat_format(chat_format: str | dict[str, Any]) -> dict[str, Any]:
+    """A chat format as data: given as it is, or in `conf/chat_formats/<chat_format>.yaml`."""
+    if isinstance(chat_format, dict):
+        return chat_format
+    return cast(dict[str, Any], yaml.safe_load(_read(CONF_DIR / "chat_formats" / f"{chat_format}.yaml")))
 
 
 def _read(path: Path) -> str:

@@ -84,8 +84,9 @@ class Profile(Enum):
 
 @dataclass(kw_only=True)
 class Weights:
-    """Where a part's starting weights come from: the hub, or a builder in this repository."""
+    """Where a part's starting weights come from: a local folder, the hub, or a builder in this repository."""
 
+    folder: str | None = unidentified()  # goes before the hub; its content is hashed, its place is not
     hub_id: str | None
     revision: str | None
     build: dict[str, Any] | None  # recipe: `_target_` is called with `folder`; its values are the identity
@@ -96,8 +97,8 @@ class LLM:
     label: str = unidentified()
     size_group: str = unidentified()  # heading under which a table lists the row
     weights: Weights
-    shape: str  # file below conf/shapes: the fields of the published config.json that fix every width
-    chat_format: str  # file stem below conf/chat_formats
+    shape: Any  # file below conf/shapes, or its content: the fields of config.json that fix every width
+    chat_format: Any  # file stem below conf/chat_formats, or its content
     pad_token: str
     visual_scale: VisualScale
 
@@ -115,7 +116,8 @@ class ImageProcessing:
 class Vision:
     label: str = unidentified()
     weights: Weights
-    shape: str
+    shape: Any  # file below conf/shapes, or its content
+    feature_layer: int  # hidden state that becomes the visual features; -2: what goes into the last block
     encoder: dict[str, Any]  # recipe of a class in morebench.models.vision
     image: ImageProcessing
 
@@ -154,7 +156,7 @@ class Optimizer:
 @dataclass(kw_only=True)
 class TrainRecipe:
     trainable: list[Part]
-    chat_format: str | None  # null: the LLM's own
+    chat_format: Any  # file stem below conf/chat_formats, or its content; null: the LLM's own
     image_aspect_ratio: AspectRatio
     max_length: int = bounded(1)  # tokens, visual ones included
     global_batch_size: int = bounded(1)  # samples per optimizer step, whatever the number of devices

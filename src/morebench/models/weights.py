@@ -18,6 +18,9 @@ def locate(weights: Weights, paths: Paths) -> Path | None:
 
     Hub weights: `<paths.weights>/<hub_id>`, else the Hugging Face cache.
     """
+    if weights.folder is not None:
+        given = Path(weights.folder)
+        return given if given.is_dir() else None
     if weights.build is not None:
         folder = built_folder(weights, paths)
         return folder if folder.is_dir() else None
@@ -62,6 +65,8 @@ def starting_weights(config: Config) -> dict[Part, Path]:
 
 def absence(weights: Weights, paths: Paths) -> str:
     """What to tell a user whose machine lacks these weights."""
+    if weights.folder is not None:
+        return f"weights.folder={weights.folder} is not a folder on this machine."
     if weights.build is not None:
         return f"{built_folder(weights, paths)} is not built yet."
     local = Path(paths.weights) / str(weights.hub_id)
