@@ -59,6 +59,7 @@ def test_small_numbers_by_hand() -> None:
         attention_width=4,
         vocab_size=5,
         projector=(6, 7),
+        vision_weights=1000,
         vision_image=100,
         num_visual_tokens=8,
     )
@@ -77,7 +78,7 @@ def test_arrays_are_priced_like_single_samples() -> None:
     ]
 
 
-@pytest.mark.parametrize("module", ["flops", "weights"])
+@pytest.mark.parametrize("module", ["flops", "memory", "weights"])
 def test_planning_needs_no_torch(module: str) -> None:
     code = f"import sys, morebench.models.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

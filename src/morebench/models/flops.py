@@ -12,11 +12,14 @@ import numpy as np
 
 from morebench.config.compose import load_shape
 from morebench.config.schema import Config, Part
+from morebench.errors import ConfigError
 
 Count = TypeVar("Count", int, np.ndarray)
 
 # Model types whose MLP is up and down; all others here have a gate beside up.
 _UNGATED = {"phi"}
+_NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NEEDED += ("num_key_value_heads", "vocab_size", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,23 @@ class Sizes:
     attention_width: int  # heads x head_dim
     vocab_size: int
     projector: tuple[int, ...]  # per linear layer
+    vision_weights: int
     vision_image: int  # FLOPs of one image through the encoder, all tiles
     num_visual_tokens: int
 
 
 def sizes(config: Config) -> Sizes:
-    llm, vision = load_shape(config.llm.shape), load_shape(config.vision.shape)
+    llm, vision = llm_shape(config), load_shape(config.vision.shape)
     width, scales = llm["hidden_size"], config.resolution.scales
     projector_in = vision["width"] * len(scales)
     return Sizes(
         llm_body=_llm_body(llm),
         llm_layers=llm["num_hidden_layers"],
         llm_width=width,
-        attention_width=llm["num_attention_heads"] * _head_dim(llm),
+        attention_width=llm["num_attention_heads"] * head_dim(llm),
         vocab_size=llm["vocab_size"],
         projector=(projector_in * width, *[width * width] * (config.projector.depth - 1)),
+        vision_weights=_vision_weights(vision),
         vision_image=_vision_image(vision, scales),
         num_visual_tokens=(vision["image_size"] // vision["patch_size"]) ** 2,
     )
@@ -71,16 +76,31 @@ def sample_flops(
     return body + attention + head + projector + model.vision_image * num_images
 
 
-def _head_dim(shape: Mapping[str, Any]) -> int:
+def llm_shape(config: Config) -> dict[str, Any]:
+    """The LLM's shape, with every field that counting needs. Raises ConfigError for all that are missing."""
+    shape = load_shape(config.llm.shape)
+    if missing := [field for field in _NEEDED if field not in shape]:
+        raise ConfigError(f"llm.shape of {config.llm.label} lacks {', '.join(missing)}: see its config.json.")
+    return shape
+
+
+def head_dim(shape: Mapping[str, Any]) -> int:
     return shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
 
 
 def _llm_body(shape: Mapping[str, Any]) -> int:
-    width, head_dim = shape["hidden_size"], _head_dim(shape)
+    width, per_head = shape["hidden_size"], head_dim(shape)
     heads, groups = shape["num_attention_heads"], shape["num_key_value_heads"]
-    attention = 2 * width * head_dim * (heads + groups)
+    attention = 2 * width * per_head * (heads + groups)
     mlp = (2 if shape["model_type"] in _UNGATED else 3) * width * shape["intermediate_size"]
     return shape["num_hidden_layers"] * (attention + mlp)
+
+
+def _vision_weights(shape: Mapping[str, Any]) -> int:
+    """Matrices only, as everywhere here."""
+    width = shape["width"]
+    blocks = (shape["blocks"] - 1) * (4 * width * width + 2 * width * shape["mlp_dim"])
+    return blocks + 3 * shape["patch_size"] ** 2 * width
 
 
 def _vision_image(shape: Mapping[str, Any], scales: Sequence[int]) -> int:
