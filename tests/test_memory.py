@@ -92,7 +92,7 @@ def _state(mllm: MLLM, trained: Collection[Part]) -> int:
 
 
 def test_a_published_cell_fits_where_people_trained_it() -> None:
-    """8B parameters, trained: 16 bytes each and a bf16 copy; LLaMA-3.1 keeps 0.14 MB a frozen layer and token."""
+    """8B parameters, trained: 18 bytes each; LLaMA-3.1 keeps 139 KB a frozen layer and token."""
     config = compose_config(["llm=llama31_8b", "vision=clip"]).config
     finetune = memory(config, 826, 1, 125, STAGES["finetune"])
     assert finetune.state / 18 == pytest.approx(8.03e9, rel=0.02)

@@ -1,10 +1,12 @@
 """Train and evaluate cells: `python -m morebench.train [-m] OVERRIDE ...` (see --help)."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from morebench.config.compose import CONF_DIR, register
+from morebench.config.compose import CONF_DIR, CONFIG_DIR_VARIABLE, register
 from morebench.config.overrides import check
 from morebench.entry import fail
 from morebench.errors import EXIT_DONE, EXIT_FAILED, MorebenchError, WeightsError, join_problems
@@ -38,6 +40,10 @@ def main() -> None:
 
     register()
     arguments = get_args_parser().parse_args()
+    if arguments.config_dir:
+        os.environ[CONFIG_DIR_VARIABLE] = str(Path(arguments.config_dir).resolve())
+    elif os.environ.get(CONFIG_DIR_VARIABLE):
+        sys.argv += ["--config-dir", os.environ[CONFIG_DIR_VARIABLE]]
     try:
         check(arguments.overrides, multirun=arguments.multirun)
     except MorebenchError as error:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from math import inf
@@ -24,6 +25,7 @@ from morebench.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[3]
 CONF_DIR = ROOT / "conf"
 EXPERIMENTS_DIR = ROOT / "experiments"
+CONFIG_DIR_VARIABLE = "MOREBENCH_CONFIG_DIR"  # in the environment, so that worker processes know it too
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,23 @@ def experiment_names() -> list[str]:
     return sorted(path.stem for path in EXPERIMENTS_DIR.glob("*.yaml"))
 
 
+def config_dirs() -> list[Path]:
+    """conf/, then the user's own folder of further choices, laid out the same (`--config-dir DIR`)."""
+    own = os.environ.get(CONFIG_DIR_VARIABLE)
+    if not own:
+        return [CONF_DIR]
+    if not Path(own).is_dir():
+        raise ConfigError(f"--config-dir {own} (or {CONFIG_DIR_VARIABLE}) is not a folder.")
+    return [CONF_DIR, Path(own).resolve()]
+
+
 def options(group: str) -> list[str]:
-    """File stems of a config group, e.g. `options("hydra/launcher")`."""
-    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+    """File stems of a config group, e.g. `options("hydra/launcher")`. Raises ConfigError for doublets."""
+    found = [path.stem for folder in config_dirs() for path in (folder / group).glob("*.yaml")]
+    if twice := sorted({stem for stem in found if found.count(stem) > 1}):
+        folders = " and in ".join(map(str, config_dirs()))
+        raise ConfigError(f"{group}/{twice[0]}.yaml is in {folders}. Give yours another name.")
+    return sorted(found)
 
 
 @functools.cache
@@ -106,8 +122,9 @@ def compose_config(overrides: Sequence[str] = ()) -> Composed:
                 "config", list(overrides), run_mode=_run_mode()
             )
         else:
+            own = [f"hydra.searchpath=[file://{folder}]" for folder in config_dirs()[1:]]
             with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-                tree = compose(config_name="config", overrides=list(overrides), return_hydra_config=True)
+                tree = compose(config_name="config", overrides=[*overrides, *own], return_hydra_config=True)
         choices = {str(key): str(value) for key, value in tree.hydra.runtime.choices.items()}
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
@@ -175,18 +192,20 @@ def load_shape(shape: str | dict[str, Any]) -> dict[str, Any]:
     """Shape fields of a published configuration: given as they are, or in `conf/shapes/<shape>`."""
     if isinstance(shape, dict):
         return shape
-    return cast(dict[str, Any], json.loads(_read(CONF_DIR / "shapes" / shape)))
+    return cast(dict[str, Any], json.loads(_read(f"shapes/{shape}")))
 
 
 def load_chat_format(chat_format: str | dict[str, Any]) -> dict[str, Any]:
     """A chat format as data: given as it is, or in `conf/chat_formats/<chat_format>.yaml`."""
     if isinstance(chat_format, dict):
         return chat_format
-    return cast(dict[str, Any], yaml.safe_load(_read(CONF_DIR / "chat_formats" / f"{chat_format}.yaml")))
+    return cast(dict[str, Any], yaml.safe_load(_read(f"chat_formats/{chat_format}.yaml")))
 
 
-def _read(path: Path) -> str:
-    if not path.is_file():
-        known = ", ".join(sorted(other.name for other in path.parent.glob(f"*{path.suffix}")))
-        raise ConfigError(f"{path.relative_to(ROOT)} does not exist. There are: {known}.")
-    return path.read_text()
+def _read(name: str) -> str:
+    paths = [folder / name for folder in config_dirs()]
+    for path in paths:
+        if path.is_file():
+            return path.read_text()
+    known = sorted({other.name for path in paths for other in path.parent.glob(f"*{path.suffix}")})
+    raise ConfigError(f"conf/{name} does not exist. There are: {', '.join(known)}.")

@@ -7,7 +7,7 @@ from typing import Any
 from morebench.config.schema import Config, Part
 from morebench.models.flops import Sizes, head_dim, llm_shape, sizes
 
-# Trained: fp32 weight, fp32 gradient, two fp32 moments of AdamW. Matrices also a bf16 copy, which autocast makes.
+# Trained: fp32 weight and gradient, AdamW's two fp32 moments; of matrices also the bf16 copy autocast makes.
 _TRAINED, _AUTOCAST_COPY, _FROZEN = 16, 2, 2
 
 
@@ -26,8 +26,8 @@ class _Kept:
     pair_and_head: int = 0
 
 
-# Counted with autograd's saved-tensor hooks under bf16 autocast; tests/test_memory.py repeats the count. A frozen
-# linear layer keeps nothing, so frozen blocks keep less. (frozen, trained)
+# Counted with autograd's saved-tensor hooks under bf16 autocast; tests/test_memory.py repeats the count. A
+# frozen linear layer keeps nothing, so frozen blocks keep less. (frozen, trained)
 _LLAMA = (_Kept(8, 4, 4, 6, 8, 4), _Kept(26, 6, 4, 8, 8, 4))
 _KEPT = {
     "llama": _LLAMA,
