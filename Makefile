@@ -6,7 +6,7 @@ STAMP   := $(VENV)/.installed
 LAUNCHER ?= local
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format ui lock
+.PHONY: help install demo test check format ui backbones lock
 
 help: ## this list
 	@grep -hE '^[a-zA-Z_%-]+:.*?## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sed 's/%/NAME/' | expand -t 16
@@ -47,6 +47,11 @@ check: $(STAMP) ## format, lint, types, layers
 
 format: $(STAMP) ## format the code and mend what lint can mend
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+backbones: $(STAMP) ## write docs/backbones.md again: tokens, widths, parameters, FLOPs, memory of every cell
+	@$(BIN)/python -m morebench.check \
+	  llm=gemma2_2b,phi4,llama31_8b,deepseek_r1_llama_8b,gemma2_9b,vicuna_7b,llama3_8b,phi2 \
+	  vision=clip,dinov2,dinov2_reg,siglip,siglip2 resolution=native,s2 table=docs/backbones.md
 
 lock: ## resolve requirements.lock again
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url --universal \

@@ -150,6 +150,7 @@ def _config(root: Path, family: str) -> Config:
             label="Tiny",
             weights=Weights(folder=None, hub_id="tiny/vision", revision=None, build=None),
             shape=str(root / "vision.json"),
+            feature_layer=-2,
             encoder={"_target_": "morebench.models.vision.OpenClipEncoder", "name": None},
             image=ImageProcessing(
                 resize=Resize.shortest_edge,

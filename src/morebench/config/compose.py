@@ -192,20 +192,20 @@ def load_shape(shape: str | dict[str, Any]) -> dict[str, Any]:
     """Shape fields of a published configuration: given as they are, or in `conf/shapes/<shape>`."""
     if isinstance(shape, dict):
         return shape
-    return cast(dict[str, Any], json.loads(_read(f"shapes/{shape}")))
+    return cast(dict[str, Any], json.loads(_read("shapes", shape)))
 
 
 def load_chat_format(chat_format: str | dict[str, Any]) -> dict[str, Any]:
     """A chat format as data: given as it is, or in `conf/chat_formats/<chat_format>.yaml`."""
     if isinstance(chat_format, dict):
         return chat_format
-    return cast(dict[str, Any], yaml.safe_load(_read(f"chat_formats/{chat_format}.yaml")))
+    return cast(dict[str, Any], yaml.safe_load(_read("chat_formats", f"{chat_format}.yaml")))
 
 
-def _read(name: str) -> str:
-    paths = [folder / name for folder in config_dirs()]
+def _read(kind: str, name: str) -> str:
+    paths = [folder / kind / name for folder in config_dirs()]  # an absolute name stands for itself
     for path in paths:
         if path.is_file():
             return path.read_text()
     known = sorted({other.name for path in paths for other in path.parent.glob(f"*{path.suffix}")})
-    raise ConfigError(f"conf/{name} does not exist. There are: {', '.join(known)}.")
+    raise ConfigError(f"conf/{kind}/{name} does not exist. There are: {', '.join(known)}.")

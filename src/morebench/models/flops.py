@@ -18,7 +18,13 @@ Count = TypeVar("Count", int, np.ndarray)
 
 # Model types whose MLP is up and down; all others here have a gate beside up.
 _UNGATED = {"phi"}
-_NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NEEDED: tuple[str, ...] = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 _NEEDED += ("num_key_value_heads", "vocab_size", "tie_word_embeddings")
 
 

@@ -24,8 +24,13 @@ _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary
 
 
 def llm_config(shape: Mapping[str, Any]) -> PretrainedConfig:
+    """Ids of special tokens belong to the tokenizer: those the shape does not name stay None.
+
+    transformers' defaults for them are the first model's of the family, often beyond a smaller vocabulary.
+    """
     fields = {key: value for key, value in shape.items() if key != "model_type"}
-    return AutoConfig.for_model(shape["model_type"], **fields)
+    unknown = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return AutoConfig.for_model(shape["model_type"], **{**unknown, **fields})
 
 
 def load_llm(config: LLM, folder: Path | None, dtype: torch.dtype) -> PreTrainedModel:

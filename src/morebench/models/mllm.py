@@ -1,7 +1,10 @@
 """The whole: vision encoder, projector and LLM on one packed batch, down to the loss."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -55,7 +58,7 @@ class MLLM(nn.Module):
 
     def encode_images(self, pixels_I3HW: Tensor) -> Tensor:
         """-> visual tokens `[I, V, D]`, ready for `embed`."""
-        with torch.no_grad(), torch.autocast(pixels_I3HW.device.type, enabled=False):
+        with torch.no_grad(), _without_autocast(pixels_I3HW.device):
             dtype = next(self.get_submodule("vision").parameters()).dtype
             features_IVC = self.vision(pixels_I3HW.to(dtype))
         visual_IVD = self.projector(features_IVC.to(self._projector_dtype()))
@@ -100,3 +103,9 @@ class MLLM(nn.Module):
 
     def _projector_dtype(self) -> torch.dtype:
         return next(self.projector.parameters()).dtype
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # the meta device has none
