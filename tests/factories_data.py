@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from morebench.config.compose import load_chat_format
@@ -16,11 +16,16 @@ from morebench.config.schema import Paths, TrainingData
 from morebench.data.chat import ChatFormat
 
 LLAMA_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
-LLAMA_TOKENS += ["<|eot_id|>", "<|finetune_right_pad_id|>"]
+LLAMA_TOKENS += ["<|eot_id|>", "<|eom_id|>", "<|finetune_right_pad_id|>"]
 DEEPSEEK_TOKENS = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
 DEEPSEEK_ROLES = ["<｜User｜>", "<｜Assistant｜>"]  # the published tokenizer does not call these special
 
-FORMATS = ("gemma_2", "phi_4", "llama_3_1", "llama_3", "deepseek_r1", "v1", "phi_2")
+FORMATS = ("gemma_2", "phi_4", "llama_3_1", "llama_3", "deepseek_r1", "v1", "phi_2", "chatml")
+
+# The pre-tokenization of the newer byte-level families, which keeps runs of newlines together.
+_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+_SPLIT += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SWALLOWS = {"": {}, "right": {"rstrip": True}, "both": {"rstrip": True, "lstrip": True}}
 
 
 def chat_format(stem: str) -> ChatFormat:
@@ -28,48 +33,79 @@ def chat_format(stem: str) -> ChatFormat:
 
 
 @cache
-def tokenizer_for(stem: str) -> PreTrainedTokenizerFast:
-    """One id per byte (per character for Vicuna), so that ids can be worked out by hand."""
+def tokenizer_for(
+    stem: str, swallows: str = "", merges: bool = False, prefix: str = "prepend"
+) -> PreTrainedTokenizerFast:
+    """One id per byte (per character for Vicuna), so that ids can be worked out by hand.
+
+    `swallows`: on which sides control tokens take white space in. `merges`: some pairs become one id.
+    `prefix` (Vicuna): who puts a space in front of texts, the normalizer ("prepend", the first Llama
+    tokenizers), or the pre-tokenizer, to all ("always") or where a text begins ("first").
+    """
+
+    def byte_level(names: list[str], not_special: list[str] | None = None, **roles: str) -> Any:
+        tokens = [AddedToken(name, normalized=False, **_SWALLOWS[swallows]) for name in names]
+        marks = [
+            AddedToken(name, special=False, normalized=False, **_SWALLOWS[swallows])
+            for name in not_special or []
+        ]
+        return _byte_level(tokens, marks, merges, **roles)
+
     if stem == "gemma_2":
-        tokens = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
-        return _byte_level(tokens, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+        names = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+        return byte_level(names, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     if stem == "phi_4":
-        tokens: list[Any] = ["<|endoftext|>", "<|system|>", "<|assistant|>", "<|end|>"]
-        tokens.append(AddedToken("<|user|>", rstrip=True, special=True))
-        return _byte_level(tokens, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+        names = ["<|endoftext|>", "<|system|>", "<|assistant|>", "<|end|>", "<|user|>"]
+        return byte_level(names, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     if stem in ("llama_3_1", "llama_3"):
-        return _byte_level(LLAMA_TOKENS, bos_token=LLAMA_TOKENS[0], eos_token="<|eot_id|>")
+        return byte_level(LLAMA_TOKENS, bos_token=LLAMA_TOKENS[0], eos_token="<|eot_id|>")
     if stem == "deepseek_r1":
-        roles = [AddedToken(role, special=False, normalized=False) for role in DEEPSEEK_ROLES]
-        tokens = [*DEEPSEEK_TOKENS, *roles]
-        return _byte_level(tokens, bos_token=DEEPSEEK_TOKENS[0], eos_token=DEEPSEEK_TOKENS[1])
+        first, last = DEEPSEEK_TOKENS
+        return byte_level(DEEPSEEK_TOKENS, DEEPSEEK_ROLES, bos_token=first, eos_token=last)
     if stem == "phi_2":
-        return _byte_level(["<|endoftext|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>")
-    return _metaspace()
+        return byte_level(["<|endoftext|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    if stem == "chatml":
+        names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        return byte_level(names, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return _metaspace(_SWALLOWS[swallows], merges, prefix)
 
 
-def _byte_level(tokens: list[Any], **names: str) -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+def _byte_level(
+    special: list[AddedToken], not_special: list[AddedToken], merges: bool, **roles: str
+) -> PreTrainedTokenizerFast:
+    pairs = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ġ", "a"), ("o", "n"), ("ĊĊ", "Ċ")] if merges else []
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, pairs)]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    for token in tokens:
-        plain = isinstance(token, AddedToken) and not token.special
-        (tokenizer.add_tokens if plain else tokenizer.add_special_tokens)([token])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(not_special)
+    names = [token.content for token in special]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special, **roles)
+    assert fast.convert_tokens_to_ids(names) == list(range(len(alphabet), len(alphabet) + len(names)))
+    return fast
 
 
-def _metaspace() -> PreTrainedTokenizerFast:
-    """Vicuna's: a space is put in front of every text, and bytes stand in for unknown characters."""
+def _metaspace(swallows: dict[str, bool], merges: bool, prefix: str) -> PreTrainedTokenizerFast:
+    """Vicuna's: bytes stand in for unknown characters."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    letters = ["▁", *map(chr, range(33, 127))]
+    pairs = [("▁", "▁"), ("▁", "a"), ("o", "n"), ("▁", "A"), ("▁A", "S")] if merges else []
+    letters = ["▁", *map(chr, range(33, 127)), *map("".join, pairs)]
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *byte_tokens, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, unk_token="<unk>", byte_fallback=True))
+    if prefix == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_special_tokens([AddedToken(name, **swallows) for name in ("<unk>", "<s>", "</s>")])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )

@@ -65,7 +65,7 @@ def byte_tokenizer(family: str) -> PreTrainedTokenizerFast:
     raw = load_chat_format(CHAT_FORMATS[family])
     control = [segment["token"] for segment in [*(raw["start"] or []), *raw["turn"]] if "token" in segment]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
-    names = [token for token in dict.fromkeys(control) if token != "{bos}"]
+    names = [token for token in dict.fromkeys([*control, *raw.get("stop", [])]) if token != "{bos}"]
     tokenizer.add_special_tokens({"additional_special_tokens": names})
     return tokenizer
 

@@ -1,7 +1,6 @@
 # ruff: noqa: RUF001 - DeepSeek's control tokens are written with full-width bars
 """What is asked of every chat format, on tokenizers that carry the families' real control tokens."""
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ END_MARKS = {
     "deepseek_r1": "<｜end▁of▁sentence｜>",
     "v1": "</s>",
     "phi_2": "<|endoftext|>",
+    "chatml": "<|im_end|>",
 }
 CONTROLS = [
     "<|end|>",
@@ -36,15 +36,6 @@ CONTROLS = [
     "<bos>",
     "USER:",
 ]
-SYS = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
-    "user provides, and assist the user with a variety of tasks using natural language."
-)
-SYS_V = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 # what breaks parsers: control tokens spelt out, role names, separators
 text = st.lists(
@@ -152,43 +143,6 @@ def supervised_runs(encoded: Encoded) -> list[np.ndarray]:
     return [encoded.input_ids[a:b] for a, b in edges.reshape(-1, 2)]
 
 
-LAYOUTS = {
-    "gemma_2": (
-        "<bos><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n[A<end_of_turn>\n]"
-        "<start_of_turn>user\nR<end_of_turn>\n<start_of_turn>model\n[B<end_of_turn>\n]"
-    ),
-    "phi_4": (
-        "<|system|>You are a helpful AI assistant.<|end|><|user|>Q<|end|><|assistant|>[A<|end|>]"
-        "<|user|>R<|end|><|assistant|>[B<|end|>]"
-    ),
-    "llama_3_1": (
-        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{SYS}<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n[A<|eot_id|>]"
-        "<|start_header_id|>user<|end_header_id|>\n\nR<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n[B<|eot_id|>]"
-    ),
-    "deepseek_r1": (
-        f"<｜begin▁of▁sentence｜>{SYS}<｜User｜>Q<｜Assistant｜>[A<｜end▁of▁sentence｜>]"
-        "<｜User｜>R<｜Assistant｜>[B<｜end▁of▁sentence｜>]"
-    ),
-    # the space after "ASSISTANT:" is the one this tokenizer puts in front of the answer; decoding a piece on
-    # its own takes it off again
-    "v1": f"<s> {SYS_V} USER: Q ASSISTANT:[A</s>]USER: R ASSISTANT:[B</s>]",
-    "phi_2": f"{SYS_V} USER: Q ASSISTANT:[ A<|endoftext|>]USER: R ASSISTANT:[ B<|endoftext|>]",
-}
-LAYOUTS["llama_3"] = LAYOUTS["llama_3_1"]
-
-
-@pytest.mark.parametrize("stem", FORMATS)
-def test_exact_layouts(stem: str):
-    """Brackets stand around what is supervised."""
-    encoded = encode(stem, ask("Q", "A", "R", "B"))
-    edges = [0, *(np.flatnonzero(np.diff(encoded.supervised.astype(int))) + 1), len(encoded.input_ids)]
-    pieces = [(encoded.supervised[a], decode(stem, encoded.input_ids[a:b])) for a, b in pairwise(edges)]
-    assert "".join(f"[{piece}]" if trained else piece for trained, piece in pieces) == LAYOUTS[stem]
-
-
 def test_vicuna_puts_a_space_before_its_answers():
     encoded = encode("v1", ask("Q", "A"))
     tokens = tokenizer_for("v1").convert_ids_to_tokens(encoded.input_ids[encoded.supervised])
@@ -215,7 +169,7 @@ def test_plain_is_image_and_caption(stem: str):
     tokenizer = tokenizer_for(stem)
     sample = ask("Describe it.\n<image>", "a cat")
     encoded = chat_format("plain").encode(sample, tokenizer, V, LONG)
-    has_bos = stem not in ("phi_4", "phi_2")  # their BOS is their EOS and never written
+    has_bos = stem not in ("phi_4", "phi_2", "chatml")  # none, or one that is their EOS and never written
     assert encoded.visual_mask.tolist()[: V + has_bos] == [False] * has_bos + [True] * V
     assert encoded.supervised.tolist() == [False] * (V + has_bos) + [True] * (
         len(encoded.supervised) - V - has_bos
@@ -239,7 +193,11 @@ def test_plain_refuses_what_has_no_place_for_its_images():
     [
         ("gemma_2", ["<end_of_turn>", "<eos>"]),
         ("phi_4", ["<|end|>", "<|endoftext|>"]),
-        ("llama_3_1", ["<|eot_id|>"]),
+        # what the study declares as stop tokens: 128009, 128008, 128001
+        ("llama_3_1", ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]),
+        ("llama_3", ["<|eot_id|>", "<|end_of_text|>"]),
+        ("deepseek_r1", ["<｜end▁of▁sentence｜>"]),
+        ("chatml", ["<|im_end|>", "<|endoftext|>"]),
         ("v1", ["</s>"]),
     ],
 )
@@ -250,7 +208,9 @@ def test_end_tokens(stem: str, ends: list[str]):
 
 
 def test_a_format_of_another_family_is_refused():
-    with pytest.raises(ConfigError, match=r"'Gemma-2' uses the token '<bos>', which the tokenizer"):
+    with pytest.raises(ConfigError, match=r"have: '<bos>', '<start_of_turn>', '<end_of_turn>'\. Choose"):
+        chat_format("gemma_2").check(tokenizer_for("phi_4"))
+    with pytest.raises(ConfigError, match="'Gemma-2' uses tokens which the tokenizer of this LLM does not"):
         chat_format("gemma_2").encode(ask("q", "a"), tokenizer_for("phi_4"), V, LONG)
 
 

@@ -3,28 +3,20 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from morebench.data.records import IMAGE_TOKEN, Sample, Turn
-from morebench.errors import ConfigError, DataError
+from morebench.data.segments import BOS, Segment, split_at_images, swallow_spaces, text_tokenizer
+from morebench.errors import ConfigError, DataError, join_problems
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
-BOS = "{bos}"
+_KEYS = ("label", "start", "turn", "trim", "stop")
 _PLACEHOLDER = re.compile(r"\{question\}|\{answer\}")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Either one control token or a text template."""
-
-    token: str | None
-    text: str
-    trained: bool
 
 
 @dataclass(frozen=True)
@@ -41,15 +33,14 @@ class ChatFormat:
     start: tuple[Segment, ...]  # once, in front
     turn: tuple[Segment, ...]  # for every question and its answer
     trim: bool  # the family's own template strips questions and answers
+    stop: tuple[str, ...] = ()  # control tokens that end an answer beside its end mark and EOS
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ChatFormat":
         """Raises ConfigError. The layout of the YAML files stands in conf/chat_formats/plain.yaml."""
         label = raw.get("label", "without label")
-        if unknown := sorted(raw.keys() - {"label", "start", "turn", "trim"}):
-            raise ConfigError(
-                f"Chat format {label!r}: unknown keys {unknown}; known: label, start, turn, trim."
-            )
+        if unknown := sorted(raw.keys() - set(_KEYS)):
+            raise ConfigError(f"Chat format {label!r}: unknown keys {unknown}; known: {', '.join(_KEYS)}.")
         start = tuple(_segment(item, label) for item in raw.get("start") or [])
         turn = tuple(_segment(item, label) for item in raw.get("turn") or [])
         if [s.trained for s in turn if "{answer}" in s.text] != [True]:
@@ -62,7 +53,10 @@ class ChatFormat:
             raise ConfigError(
                 f"Chat format {label!r}: {{question}} belongs into an untrained text of `turn`."
             )
-        return cls(label, start, turn, bool(raw.get("trim", False)))
+        stop = raw.get("stop") or []
+        if not isinstance(stop, list) or not all(isinstance(token, str) for token in stop):
+            raise ConfigError(f"Chat format {label!r}: `stop` is a list of control tokens, found {stop!r}.")
+        return cls(label, start, turn, bool(raw.get("trim", False)), tuple(stop))
 
     def encode(
         self, sample: Sample, tokenizer: "Tokenizer", num_visual_tokens: int, max_length: int
@@ -83,12 +77,38 @@ class ChatFormat:
         return self._encode(segments, tokenizer, num_visual_tokens, num_images, None, where)
 
     def end_token_ids(self, tokenizer: "Tokenizer") -> list[int]:
-        """Ids that end an answer: the control token trained right after it, and the tokenizer's EOS."""
+        """Ids that end an answer: its end mark (the control token trained next), `stop`, and the EOS."""
+        control_ids = self._control_ids(tokenizer)
         after = [segment for segment in self.turn if segment.trained and "{answer}" not in segment.text]
-        ends = [self._control_id(after[0].token, tokenizer)] if after and after[0].token else []
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        marks = [after[0].token] if after and after[0].token else []
+        ends = [token_id for token in (*marks, *self.stop) for token_id in control_ids[token]]
+        if tokenizer.eos_token_id is not None:
             ends.append(tokenizer.eos_token_id)
-        return ends
+        return list(dict.fromkeys(ends))
+
+    def check(self, tokenizer: "Tokenizer") -> None:
+        """Raises one ConfigError for all that a tokenizer can't write of this format.
+
+        White space that control tokens swallow is dropped as the family's own tokenizer drops it. Where that
+        is untrained it is harmless, but a format must not promise to train what never reaches the loss.
+        """
+        self._control_ids(tokenizer)
+        segments = [
+            *self.start,
+            *self._fill(self.turn, Turn("Q", "A")),
+            *self._fill(self.turn, Turn("Q", "A")),
+        ]
+        written = split_at_images(segments)
+        left = swallow_spaces(written, text_tokenizer(tokenizer).added)
+        problems = dict.fromkeys(
+            f"Chat format {self.label!r} trains the text {before.text!r} (with A for an answer), but control "
+            f"tokens in the tokenizer of {tokenizer.name_or_path or 'this LLM'} swallow white space beside "
+            f"them and leave {after.text!r}. Take that white space out of the format."
+            for before, after in zip(written, left, strict=True)
+            if before is not None and after is not None and before.trained and before.text != after.text
+        )
+        if problems:
+            raise ConfigError(join_problems(problems))
 
     def _fill(self, segments: "Sequence[Segment] | Iterator[Segment]", turn: Turn) -> list[Segment]:
         question, answer = _place_image(turn.question), turn.answer
@@ -109,7 +129,17 @@ class ChatFormat:
         max_length: int | None,
         where: str,
     ) -> Encoded:
-        ids, supervised, visual = self._tokenize(segments, tokenizer, num_visual_tokens)
+        control_ids = self._control_ids(tokenizer)
+        text = text_tokenizer(tokenizer)
+        pieces = swallow_spaces(split_at_images(segments), text.added)
+        ids: list[int] = []
+        supervised: list[bool] = []
+        visual: list[bool] = []
+        for new, trained in text.encode(pieces, control_ids):
+            size = num_visual_tokens if new is None else len(new)
+            ids += [0] * size if new is None else new
+            supervised += [trained] * size
+            visual += [new is None] * size
         if sum(visual) != num_images * num_visual_tokens:
             raise DataError(
                 f"{where}: chat format {self.label!r} makes room for {sum(visual) // num_visual_tokens} "
@@ -128,69 +158,31 @@ class ChatFormat:
             truncated,
         )
 
-    def _tokenize(
-        self, segments: Sequence[Segment], tokenizer: "Tokenizer", num_visual_tokens: int
-    ) -> tuple[list[int], list[bool], list[bool]]:
-        pieces: list[tuple[list[int] | str | None, bool]] = []  # ids, text, or None for one image
-        for segment in _join_texts(segments):
-            if segment.token is not None:
-                pieces.append((self._token_ids(segment.token, tokenizer), segment.trained))
-                continue
-            # an image token in an answer is text: nothing would fill it
-            chunks = [segment.text] if segment.trained else segment.text.split(IMAGE_TOKEN)
-            for number, chunk in enumerate(chunks):
-                if number:
-                    pieces.append((None, False))
-                pieces += [(part, segment.trained) for part in self._defuse(chunk, tokenizer)]
-        texts = [piece for piece, _ in pieces if isinstance(piece, str)]
-        # one call for a whole sample: the call costs more than the text
-        text_ids = iter(
-            tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-            if texts
-            else []
+    def _control_ids(self, tokenizer: "Tokenizer") -> dict[str, list[int]]:
+        """Control token -> its id; {bos} -> none where the tokenizer has no BOS of its own."""
+        names = {s.token: None for s in (*self.start, *self.turn) if s.token is not None} | dict.fromkeys(
+            self.stop
         )
-        ids: list[int] = []
-        supervised: list[bool] = []
-        visual: list[bool] = []
-        for piece, trained in pieces:
-            if piece is None:
-                new = [0] * num_visual_tokens
-            else:
-                new = next(text_ids) if isinstance(piece, str) else piece
-            ids += new
-            supervised += [trained] * len(new)
-            visual += [piece is None] * len(new)
-        return ids, supervised, visual
-
-    def _defuse(self, text: str, tokenizer: "Tokenizer") -> list[str]:
-        """Cuts a literal control token in the text apart, where `split_special_tokens` does not.
-
-        That leaves alone what a tokenizer adds without calling it special, as DeepSeek's role marks.
-        """
-        tokens = {s.token for s in (*self.start, *self.turn) if s.token is not None and s.token != BOS}
-        cuts = {0, len(text)}
-        for token in tokens:
-            if token not in text:
+        found: dict[str, list[int]] = {}
+        missing = []
+        for name in names:
+            if name == BOS:
+                # the Phi families name a BOS that is their EOS, and never write it in front
+                written = tokenizer.bos_token_id not in (None, tokenizer.eos_token_id)
+                found[name] = [tokenizer.bos_token_id] if written else []
                 continue
-            if not tokenizer.added_tokens_decoder[self._control_id(token, tokenizer)].special:
-                cuts |= {match.start() + 1 for match in re.finditer(re.escape(token), text)}
-        return [text[a:b] for a, b in pairwise(sorted(cuts))]
-
-    def _token_ids(self, token: str, tokenizer: "Tokenizer") -> list[int]:
-        if token != BOS:
-            return [self._control_id(token, tokenizer)]
-        # the Phi families name a BOS that is their EOS, and never write it in front
-        has_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id
-        return [tokenizer.bos_token_id] if has_bos else []
-
-    def _control_id(self, token: str, tokenizer: "Tokenizer") -> int:
-        token_id = cast(int | None, tokenizer.convert_tokens_to_ids(token))
-        if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token:
+            token_id = cast(int | None, tokenizer.convert_tokens_to_ids(name))
+            if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != name:
+                missing.append(name)
+            else:
+                found[name] = [token_id]
+        if missing:
             raise ConfigError(
-                f"Chat format {self.label!r} uses the token {token!r}, which the tokenizer of "
-                f"{tokenizer.name_or_path or 'this LLM'} does not have. Choose the llm's own chat_format."
+                f"Chat format {self.label!r} uses tokens which the tokenizer of "
+                f"{tokenizer.name_or_path or 'this LLM'} does not have: {', '.join(map(repr, missing))}. "
+                "Choose the llm's own chat_format."
             )
-        return token_id
+        return found
 
 
 def _segment(item: Mapping[str, Any], label: str) -> Segment:
@@ -206,18 +198,3 @@ def _place_image(question: str) -> str:
     if question.count(IMAGE_TOKEN) != 1:
         return question
     return f"{IMAGE_TOKEN}\n{question.replace(IMAGE_TOKEN, '').strip()}".strip()
-
-
-def _join_texts(segments: Sequence[Segment]) -> Iterator[Segment]:
-    """Neighbouring texts become one, so that they are tokenized as the family's own template would be."""
-    pending: Segment | None = None
-    for segment in segments:
-        joins = pending is not None and pending.token is None and segment.token is None
-        if pending is not None and joins and pending.trained == segment.trained:
-            pending = Segment(None, pending.text + segment.text, segment.trained)
-            continue
-        if pending is not None:
-            yield pending
-        pending = segment
-    if pending is not None:
-        yield pending

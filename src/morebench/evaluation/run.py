@@ -103,6 +103,8 @@ def seen(image: Image.Image, control: str | None) -> Image.Image:
 def _load(config: Config, parent: Path) -> _Model:
     weights = starting_weights(config)
     tokenizer = load_tokenizer(config.llm, weights[Part.llm])
+    chat = ChatFormat.from_dict(load_chat_format(config.stage.finetune.chat_format or config.llm.chat_format))
+    chat.check(tokenizer)
     # Built from the starting folders first: their config.json has more fields than the shape.
     mllm = build_mllm(config, weights, config.stage.evaluate.precision)
     for part in dict.fromkeys([Part.projector, *config.stage.finetune.trainable]):
@@ -114,7 +116,7 @@ def _load(config: Config, parent: Path) -> _Model:
     return _Model(
         mllm,
         tokenizer,
-        ChatFormat.from_dict(load_chat_format(config.stage.finetune.chat_format or config.llm.chat_format)),
+        chat,
         ImageProcessor(scaled, mllm.vision.image_size, config.stage.evaluate.image_aspect_ratio),
         config.trainer.evaluate_batch_size,
     )

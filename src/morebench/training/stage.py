@@ -103,19 +103,22 @@ class Stage:
 
 
 def make_stage(config: Config, step: Step, parents: Mapping[Step, Path]) -> Stage:
-    """Data first: its errors come before seconds of loading weights. Raises DataError, WeightsError."""
+    """Data first: its errors come before seconds of loading weights. Raises ConfigError, DataError, WeightsError."""
     recipe, data = recipe_of(config, step)
     checked = open_data(data, config.paths, config.on_bad_image)
     weights = starting_weights(config)
     if step is Step.finetune:
         weights[Part.projector] = parents[Step.pretrain] / f"{Part.projector.name}.safetensors"
+    tokenizer = load_tokenizer(config.llm, weights[Part.llm])
+    chat = ChatFormat.from_dict(load_chat_format(recipe.chat_format or config.llm.chat_format))
+    chat.check(tokenizer)
     return Stage(
         config=config,
         recipe=recipe,
         data=checked,
         weights=weights,
-        tokenizer=load_tokenizer(config.llm, weights[Part.llm]),
-        chat=ChatFormat.from_dict(load_chat_format(recipe.chat_format or config.llm.chat_format)),
+        tokenizer=tokenizer,
+        chat=chat,
         mllm=build_mllm(config, weights, recipe.precision, recipe.trainable),
     )
 

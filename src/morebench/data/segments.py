@@ -1,0 +1,211 @@
+"""Segments of a chat format become the ids that their whole rendered text has in the family's tokenizer.
+
+The published computation splits a rendered conversation at `<image>` and gives every chunk to the tokenizer,
+control tokens parsed. Here every text is tokenized on its own, so that none can forge a control token and no
+length arithmetic is needed to find the answers. Two habits of tokenizers reach across and are followed:
+control tokens that swallow white space beside them, and a space put in front of texts. One is not: merging
+the newline before an answer (ChatML's) with a newline that the answer begins with, because a generation
+prompt ends between the two.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Core
+
+from morebench.data.records import IMAGE_TOKEN
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+BOS = "{bos}"
+# What tokenizers swallow: `\s` in Rust. Python's own notion of white space has four characters more.
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Either one control token or a text template."""
+
+    token: str | None
+    text: str
+    trained: bool
+
+
+Piece = Segment | None  # None: the visual tokens of one image
+
+
+def split_at_images(segments: Sequence[Segment]) -> list[Piece]:
+    """Neighbouring texts are joined first, to be tokenized as one."""
+    pieces: list[Piece] = []
+    for segment in _join_texts(segments):
+        # an image token in an answer is text: nothing would fill it
+        if segment.token is not None or segment.trained:
+            pieces.append(segment)
+            continue
+        for number, chunk in enumerate(segment.text.split(IMAGE_TOKEN)):
+            if number:
+                pieces.append(None)
+            pieces.append(replace(segment, text=chunk))
+    return pieces
+
+
+def swallow_spaces(pieces: Sequence[Piece], added: Mapping[str, AddedToken]) -> list[Piece]:
+    """The same pieces without white space that control tokens take in (`AddedToken(rstrip=True)`, `lstrip`).
+
+    The family's tokenizer drops it from a whole text, so the LLM has never seen it there.
+    """
+    kept = list(pieces)
+    for at, piece in enumerate(pieces):
+        token = added.get(piece.token) if piece is not None and piece.token is not None else None
+        if token is not None and token.lstrip:
+            _strip(kept, range(at - 1, -1, -1), str.rstrip)
+        if token is not None and token.rstrip:
+            _strip(kept, range(at + 1, len(kept)), str.lstrip)
+    return kept
+
+
+def _strip(pieces: list[Piece], order: range, strip: Callable[[str, str], str]) -> None:
+    was_trained = False
+    for at in order:
+        piece = pieces[at]
+        if piece is None or piece.token is not None:
+            return
+        # A generation prompt can't know that an empty answer and a swallowing end mark will follow, so the
+        # text in front of an answer keeps its end.
+        if strip is str.rstrip and was_trained and not piece.trained:
+            return
+        text = strip(piece.text, _WHITE_SPACE)
+        pieces[at] = replace(piece, text=text)
+        if text:
+            return
+        was_trained = piece.trained
+
+
+class TextTokenizer:
+    """Tokenizes a text as what stands in front of it demands."""
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self.added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+        self._tokenizer = tokenizer
+        schemes = _prefix_schemes(tokenizer.backend_tokenizer)
+        # "always": behind a control token too, as the first Llama tokenizers; "first": where a chunk begins
+        self._always = "always" in schemes
+        self._unprefixed = _without_prefix(tokenizer.backend_tokenizer) if schemes else None
+
+    def encode(
+        self, pieces: Sequence[Piece], control_ids: Mapping[str, list[int]]
+    ) -> list[tuple[list[int] | None, bool]]:
+        """-> for every piece or part of one: its ids (None: an image), and whether it is trained."""
+        found: list[tuple[list[int] | None, bool]] = []
+        texts: dict[bool, list[str]] = {
+            True: [],
+            False: [],
+        }  # with the tokenizer's space in front, or without
+        places: dict[bool, list[int]] = {True: [], False: []}
+        chunk_starts, after_text = True, False
+        for piece in pieces:
+            if piece is None or piece.token is not None:
+                ids = None if piece is None else control_ids[piece.token or ""]
+                found.append((ids, piece is not None and piece.trained))
+                # a {bos} is no part of the chunk: in the published computation the tokenizer writes it
+                chunk_starts, after_text = piece is None or piece.token == BOS, False
+                continue
+            if not piece.text:
+                continue  # what follows stands where it stood
+            for part in self._defuse(piece.text, control_ids):
+                prefixed = chunk_starts or (self._always and not after_text)
+                texts[prefixed].append(part)
+                places[prefixed].append(len(found))
+                found.append(([], piece.trained))
+                chunk_starts, after_text = False, True
+        for prefixed, group in texts.items():
+            for at, text_ids in zip(places[prefixed], self._tokenize(group, prefixed), strict=True):
+                found[at] = (text_ids, found[at][1])
+        return found
+
+    def _tokenize(self, texts: list[str], prefixed: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        # one call for all: the call costs more than the text
+        if prefixed or self._unprefixed is None:
+            return self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+                "input_ids"
+            ]
+        return [encoding.ids for encoding in self._unprefixed.encode_batch(texts, add_special_tokens=False)]
+
+    def _defuse(self, text: str, control_tokens: Collection[str]) -> list[str]:
+        """Cuts a literal control token in the text apart, where `split_special_tokens` does not.
+
+        That leaves alone what a tokenizer adds without calling it special, as DeepSeek's role marks.
+        """
+        cuts = {0, len(text)}
+        for token in control_tokens:
+            if token in text and token in self.added and not self.added[token].special:
+                cuts |= {match.start() + 1 for match in re.finditer(re.escape(token), text)}
+        return [text[a:b] for a, b in pairwise(sorted(cuts))]
+
+
+@lru_cache(maxsize=4)
+def text_tokenizer(tokenizer: "Tokenizer") -> TextTokenizer:
+    return TextTokenizer(tokenizer)
+
+
+def _prefix_schemes(core: Core) -> set[str]:
+    found = set()
+    for component in (core.normalizer, core.pre_tokenizer):
+        state = json.loads(component.__getstate__()) if component is not None else None
+        found |= {_prefix_scheme(part) for part in _parts(state)}
+    return found - {"never"}
+
+
+def _prefix_scheme(part: Mapping[str, Any]) -> str:
+    if part["type"] == "Metaspace":
+        return part["prepend_scheme"]
+    if part["type"] == "Prepend" or (part["type"] == "ByteLevel" and part["add_prefix_space"]):
+        return "always"
+    return "never"
+
+
+def _without_prefix(core: Core) -> Core:
+    unprefixed: dict[str, dict[str, Any]] = {
+        "Metaspace": {"prepend_scheme": "never"},
+        "Prepend": {"prepend": ""},
+        "ByteLevel": {"add_prefix_space": False},
+    }
+    state = json.loads(core.to_str())
+    for part in (*_parts(state["normalizer"]), *_parts(state["pre_tokenizer"])):
+        part |= unprefixed.get(part["type"], {})
+    copy = Core.from_str(json.dumps(state))
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as tokenizer.json writes it, and what it is a sequence of."""
+    if component is not None:
+        yield component
+        for inner in component.get("normalizers", component.get("pretokenizers", [])):
+            yield from _parts(inner)
+
+
+def _join_texts(segments: Sequence[Segment]) -> Iterator[Segment]:
+    pending: Segment | None = None
+    for segment in segments:
+        joins = pending is not None and pending.token is None and segment.token is None
+        if pending is not None and joins and pending.trained == segment.trained:
+            pending = replace(pending, text=pending.text + segment.text)
+            continue
+        if pending is not None:
+            yield pending
+        pending = segment
+    if pending is not None:
+        yield pending
