@@ -24,6 +24,7 @@ NEAR_TIE = 1e-4
 class Answer:
     text: str
     num_tokens: int  # without the token that ended it
+    unreadable_tokens: int  # ids beyond the tokenizer's: rows that only round the LLM's vocabulary up
     near_ties: int  # steps at which the two best tokens were nearly equal
     ended: bool  # False: cut at the length limit
 
@@ -85,7 +86,11 @@ def generate(
         inputs = {"input_ids": tokens_B1}
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
     texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-    return [Answer(*row) for row in zip(texts, map(len, generated), near_ties, ended, strict=True)]
+    size = len(tokenizer)
+    unreadable = [sum(token >= size for token in tokens) for tokens in generated]  # decoding drops them
+    return [
+        Answer(*row) for row in zip(texts, map(len, generated), unreadable, near_ties, ended, strict=True)
+    ]
 
 
 def _left_padded(

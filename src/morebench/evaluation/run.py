@@ -13,7 +13,7 @@ from PIL import Image, ImageStat
 from torch import Tensor
 
 from morebench.config.compose import ROOT, load_chat_format
-from morebench.config.schema import Config, Part, Profile
+from morebench.config.schema import LLM, Config, Part, Profile
 from morebench.data.chat import ChatFormat, Encoded
 from morebench.data.images import ImageProcessor, load_image
 from morebench.errors import ConfigError
@@ -24,6 +24,7 @@ from morebench.evaluation.scoring import score_items
 from morebench.models.llm import load_tokenizer
 from morebench.models.mllm import MLLM
 from morebench.models.parts import build_mllm, load_part
+from morebench.models.rope import check_answers
 from morebench.models.weights import starting_weights
 from morebench.progress import track
 from morebench.training.choices import threads_for
@@ -41,6 +42,7 @@ class _Model:
     chat: ChatFormat
     processor: ImageProcessor
     batch_size: int
+    llm: LLM
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +121,7 @@ def _load(config: Config, parent: Path) -> _Model:
         chat,
         ImageProcessor(scaled, mllm.vision.image_size, config.stage.evaluate.image_aspect_ratio),
         config.trainer.evaluate_batch_size,
+        config.llm,
     )
 
 
@@ -128,13 +131,12 @@ def _answer(model: _Model, task: OpenTask, control: str | None, folder: Path) ->
         model.chat.encode_prompt(item.question.text, model.tokenizer, model.mllm.vision.num_visual_tokens)
         for item in task.items
     ]
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    check_answers(model.llm, lengths, task.max_new_tokens, task.name)
     hashes = {item.index: _prompt_hash(prompt) for item, prompt in zip(task.items, prompts, strict=True)}
     with PredictionsFile(folder / "predictions" / _file(task.name, control), hashes) as file:
         # The batches of an uninterrupted run, whatever is done already: so a resume computes the same bits.
-        batches = [
-            [task.items[i] for i in batch]
-            for batch in length_batches([len(prompt.input_ids) for prompt in prompts], model.batch_size)
-        ]
+        batches = [[task.items[i] for i in batch] for batch in length_batches(lengths, model.batch_size)]
         batches = [batch for batch in batches if any(item.index not in file.lines for item in batch)]
         visual = model.encode(
             [image for batch in batches for item in batch for image in item.images], control
@@ -194,6 +196,7 @@ def _score(
         "n": len(scored),
         "metrics": task.benchmark.aggregate(scored, profile),
         "near_ties": sum(line["near_ties"] for line in lines),
+        "unreadable_tokens": sum(line["unreadable_tokens"] for line in lines),
         "cut": sum(not line["ended"] for line in lines),
     }
 

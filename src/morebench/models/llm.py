@@ -1,5 +1,6 @@
 """Causal language models of transformers, loaded from local safetensors only."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,15 +72,35 @@ def check_config(shape: Mapping[str, Any], folder: Path, name: str) -> None:
 
 
 def load_tokenizer(config: LLM, folder: Path) -> PreTrainedTokenizerFast:
-    """The folder's fast tokenizer with the config's pad token."""
+    """The folder's fast tokenizer with the config's pad token.
+
+    Raises WeightsError if that token is missing or the tokenizer has more ids than the LLM has rows.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise WeightsError(
             f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}); a fast one is needed."
         )
-    if config.pad_token not in tokenizer.get_vocab():
+    vocabulary = tokenizer.get_vocab()
+    if config.pad_token not in vocabulary:
         raise WeightsError(
-            f"pad_token {config.pad_token!r} is not in the vocabulary of the tokenizer in {folder}."
+            f"llm.pad_token={config.pad_token!r} is not in the vocabulary of the tokenizer in {folder}. "
+            f"{_pads_there_are(tokenizer)}"
+        )
+    # Fewer ids than rows is usual (Phi-4, Phi-2: rounded up for speed); those rows have no text.
+    rows, largest = load_shape(config.shape)["vocab_size"], max(vocabulary.values())
+    if largest >= rows:
+        raise WeightsError(
+            f"The tokenizer in {folder} has ids up to {largest}, {config.label} only {rows} embedding rows "
+            "(vocab_size of its shape). Tokenizer and weights belong to different models."
         )
     tokenizer.pad_token = config.pad_token
     return tokenizer
+
+
+def _pads_there_are(tokenizer: PreTrainedTokenizerFast) -> str:
+    own = tokenizer.pad_token
+    owned = "It has no pad token of its own" if own is None else f"Its own pad token is {own!r}"
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    like = [token for token in added if re.search(r"pad|unk|end_?of_?text|reserved", token)][:8]
+    return f"{owned}; tokens that would do: {', '.join(map(repr, like)) or 'none found'}."

@@ -20,6 +20,7 @@ from morebench.data.packing import BatchPlan, micro_batches_for
 from morebench.models.llm import load_tokenizer
 from morebench.models.mllm import MLLM
 from morebench.models.parts import build_mllm
+from morebench.models.rope import check_max_length
 from morebench.models.weights import folder_hash, starting_weights
 from morebench.training.files import sha256
 
@@ -103,8 +104,12 @@ class Stage:
 
 
 def make_stage(config: Config, step: Step, parents: Mapping[Step, Path]) -> Stage:
-    """Data first: its errors come before seconds of loading weights. Raises ConfigError, DataError, WeightsError."""
+    """Data first: its errors come before seconds of loading weights.
+
+    Raises ConfigError, DataError, WeightsError.
+    """
     recipe, data = recipe_of(config, step)
+    check_max_length(config.llm, recipe.max_length, f"stage.{step.name}.max_length")
     checked = open_data(data, config.paths, config.on_bad_image)
     weights = starting_weights(config)
     if step is Step.finetune:
