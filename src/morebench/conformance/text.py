@@ -60,6 +60,7 @@ def examine_format(
     """Spans, prompt and length of one conversation with an image, as this step encodes it."""
     chat, sample, topic = chat_format(config, step), PROBES[step], f"{step.name} text"
     recipe, _ = recipe_of(config, step)
+    chat.check(tokenizer)
     encoded = chat.encode(sample, tokenizer, num_visual_tokens, recipe.max_length)
     runs = [_decode(ids, tokenizer) for ids in _supervised_runs(encoded)]
     answers = [turn.answer for turn in sample.turns]
@@ -86,7 +87,7 @@ def examine_format(
     if step is Step.finetune:
         ends = tokenizer.convert_ids_to_tokens(chat.end_token_ids(tokenizer))
         yield shown(topic, "ends an answer", " or ".join(ends))
-        yield shown(topic, "own template", compare_with_template(chat, tokenizer).summary())
+        yield shown(topic, "own template", "\n".join(compare_with_template(chat, tokenizer).lines()))
 
 
 def _round_trip(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
