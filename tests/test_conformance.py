@@ -97,6 +97,23 @@ def test_a_missing_pad_token_fails(tmp_path: Path) -> None:
     assert any("<nix>" in text for text in failures(wrong).values())
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.5], "image_std": [0.5] * 3, "resample": 2}),
+        ("config.json", {"pretrained_cfg": {"mean": [0.4, 0.5, 0.5], "interpolation": "bilinear"}}),
+    ],
+)
+def test_other_image_settings_than_the_published_fail(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = make_cell(tmp_path)
+    (tmp_path / "weights" / "tiny" / "vision" / name).write_text(json.dumps(settings))
+    assert list(failures(config)) == ["image: mean"]
+    shown = [f.found for f in examine(config) if f.what == "interpolation"]
+    assert shown in ([f"bicubic, {name} says 2"], [f"bicubic, {name} says bilinear"])
+
+
 def test_the_command_prints_verdicts_and_exits_with_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["llm=llama_tiny", "vision=clip_tiny"]) == 0
     printed = capsys.readouterr().out

@@ -1,17 +1,16 @@
 """All findings on one cell, in the order they are printed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from morebench.config.schema import Config, Part, Step
-from morebench.conformance.findings import Finding, failed, judged, shown, skipped, until_error
+from morebench.conformance.findings import Finding, failed, shown, skipped, until_error
+from morebench.conformance.image import examine_image, examine_published, probe_image, processor_of
 from morebench.conformance.model import (
     Built,
     build_for_real,
@@ -23,7 +22,6 @@ from morebench.conformance.model import (
 from morebench.conformance.text import PROBES, TEXT_ONLY, chat_format, examine_format, examine_tokenizer
 from morebench.data.batch import Batch, collate
 from morebench.data.chat import Encoded
-from morebench.data.images import ImageProcessor
 from morebench.errors import MorebenchError
 from morebench.models.flops import llm_shape, sample_flops, sizes
 from morebench.models.llm import load_tokenizer
@@ -67,17 +65,13 @@ def examine(config: Config) -> Iterator[Finding]:
             yield from until_error(f"{step.name} text", "all", examine_text)
     yield from until_error("sizes", "all", partial(examine_sizes, config, on_meta))
     for step in TRAIN_STEPS:
-        yield from until_error(step.name, "image", partial(_examine_image, config, step, on_meta))
+        examine_pixels = partial(examine_image, config, step, on_meta.vision.image_size)
+        yield from until_error(step.name, "image", examine_pixels)
+    if Part.vision in present:
+        yield from examine_published(config, present[Part.vision])
     yield from until_error("model", "run", partial(_examine_run, config, present, on_meta, tokenizer))
     for step in TRAIN_STEPS:
         yield from until_error(step.name, "cost", partial(_price, config, step))
-
-
-def _examine_image(config: Config, step: Step, mllm: MLLM) -> Iterator[Finding]:
-    pixels, size = _processor(config, step, mllm)(_probe_image()), mllm.vision.image_size
-    right = pixels.shape == (3, size, size) and bool(np.isfinite(pixels).all())
-    aspect = recipe_of(config, step)[0].image_aspect_ratio.name
-    yield judged(step.name, "image", right, f"{aspect}, {list(pixels.shape)} values", f"[3, {size}, {size}]")
 
 
 def _examine_run(
@@ -125,7 +119,7 @@ def _batches(
     else:
         image = chat.encode(PROBES[step], tokenizer, visual, recipe.max_length)
         text = chat_format(config, Step.finetune).encode(TEXT_ONLY, tokenizer, visual, recipe.max_length)
-    pixels = [_processor(config, step, mllm)(_probe_image())]
+    pixels = [processor_of(config, step, mllm.vision.image_size)(probe_image())]
     rows: Sequence[tuple[list[Encoded], list[np.ndarray]]] = [
         ([image], pixels),
         ([text], []),
@@ -155,16 +149,6 @@ def _synthetic(num_visual_tokens: int) -> Encoded:
         np.arange(total) < num_visual_tokens,
         False,
     )
-
-
-def _processor(config: Config, step: Step, mllm: MLLM) -> ImageProcessor:
-    image = config.vision.image
-    scaled = replace(image, resize_to=image.resize_to * max(config.resolution.scales))
-    return ImageProcessor(scaled, mllm.vision.image_size, recipe_of(config, step)[0].image_aspect_ratio)
-
-
-def _probe_image() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 
 
 def _short(number: float) -> str:
