@@ -1,4 +1,4 @@
-"""`vision.image` beside the settings that the published weights bring along, and what they make of an image."""
+"""`vision.image` beside the settings the published weights bring along, and what they make of an image."""
 
 import json
 from collections.abc import Iterator
