@@ -41,6 +41,29 @@ LLM_SHAPES: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
     "phi3_windowed": {"model_type": "phi3", "sliding_window": 5},
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    # frequencies in all three bands: kept, blended, divided
+    "llama31": {
+        "model_type": "llama",
+        "rope_theta": 100.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "phi4": {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 24,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.5, 2.0],
+            "long_factor": [1.0, 4.0, 9.0],
+        },
+        "tie_word_embeddings": True,
+    },
     "phi": {"model_type": "phi", "partial_rotary_factor": 0.5, "resid_pdrop": 0.0},
 }
 for _shape in LLM_SHAPES.values():

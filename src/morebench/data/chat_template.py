@@ -122,5 +122,5 @@ def _probe(
         return Probe(name, None, failure)
     at = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))))
     around = slice(max(0, at - _AROUND), at + _AROUND)
-    shown = (tokenizer.decode(ids[around], clean_up_tokenization_spaces=False) for ids in (ours, theirs))
+    shown = [str(tokenizer.decode(ids[around], clean_up_tokenization_spaces=False)) for ids in (ours, theirs)]
     return Probe(name, Difference(at, *shown))

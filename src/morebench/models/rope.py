@@ -1,33 +1,36 @@
 """How many positions an LLM has before its rotary frequencies depend on its neighbours."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
 
 from morebench.config.compose import load_shape
 from morebench.config.schema import LLM
 from morebench.errors import ConfigError, DataError
+from morebench.models.llm import llm_config
 
-_SWITCHING = ("longrope", "dynamic")
 
-
-def fixed_positions(shape: Mapping[str, Any]) -> int | None:
+def fixed_positions(config: PretrainedConfig) -> int | None:
     """Positions up to which every sample is rotated alike; None: all of them.
 
-    transformers chooses the frequencies of these kinds by the largest position of the *whole* batch: in
-    `longrope` (Phi-4) the long factors instead of the short ones, in `dynamic` (NTK) a growing base. One long
-    sample would change the logits of every other in its pack, and a cached answer that crosses the limit
-    would mix keys of both.
+    transformers chooses the frequencies of two kinds by the largest position of the *whole* batch: `longrope`
+    (Phi-4) takes the long factors instead of the short ones, `dynamic` (NTK) a larger base. One long sample
+    would change the logits of every other in its pack, and an answer that crosses the limit would mix keys
+    of both in its cache.
     """
-    rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type")) not in _SWITCHING:
-        return None
-    own = rope.get("original_max_position_embeddings", shape.get("original_max_position_embeddings"))
-    return own if own is not None else shape["max_position_embeddings"]
+    rope = config.rope_parameters or {}
+    limits = []
+    for part in [rope] if "rope_type" in rope else rope.values():  # some families differ by kind of layer
+        if part["rope_type"] == "longrope":
+            limits.append(part["original_max_position_embeddings"])
+        elif part["rope_type"] == "dynamic":
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
 
 
 def check_max_length(llm: LLM, max_length: int, key: str) -> None:
     """Raises ConfigError if training samples may be longer than `fixed_positions`."""
-    limit = fixed_positions(load_shape(llm.shape))
+    limit = fixed_positions(llm_config(load_shape(llm.shape)))
     if limit is not None and max_length > limit:
         raise ConfigError(
             f"{key}={max_length}, but {llm.label} rotates positions otherwise beyond "
@@ -38,7 +41,7 @@ def check_max_length(llm: LLM, max_length: int, key: str) -> None:
 
 def check_answers(llm: LLM, prompt_lengths: Sequence[int], max_new_tokens: int, task: str) -> None:
     """Raises DataError if an answer could cross `fixed_positions`: it would depend on its batch."""
-    limit = fixed_positions(load_shape(llm.shape))
+    limit = fixed_positions(llm_config(load_shape(llm.shape)))
     if limit is None:
         return
     crossing = [length for length in prompt_lengths if length + max_new_tokens > limit]
