@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001 - DeepSeek's control tokens are written with full-width bars
 """What is asked of every chat format, on tokenizers that carry the families' real control tokens."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from factories_data import FORMATS, chat_format, tokenizer_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from morebench.data.batch import collate
 from morebench.data.chat import ChatFormat, Encoded
 from morebench.data.records import IMAGE_TOKEN, Sample, Turn
 from morebench.errors import ConfigError, DataError
@@ -205,6 +207,21 @@ def test_end_tokens(stem: str, ends: list[str]):
     tokenizer = tokenizer_for(stem)
     assert chat_format(stem).end_token_ids(tokenizer) == tokenizer.convert_tokens_to_ids(ends)
     assert chat_format("plain").end_token_ids(tokenizer) == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("stem", FORMATS)
+def test_a_pad_token_that_is_the_end_mark_changes_nothing(stem: str):
+    """Labels go by position, not by id."""
+    sample = ask("q <image>", "a", "r", "b")
+    expected = encode(stem, sample)
+    tokenizer = copy.deepcopy(tokenizer_for(stem))
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat_format(stem).end_token_ids(tokenizer)[0])
+    found = chat_format(stem).encode(sample, tokenizer, V, LONG)
+    np.testing.assert_array_equal(found.input_ids, expected.input_ids)
+    np.testing.assert_array_equal(found.supervised, expected.supervised)
+    pixels = [np.zeros((3, 8, 8), np.float32)] * 2
+    batch = collate([found, expected], pixels, [0, 1], 1, 8)
+    assert np.count_nonzero(batch.targets.numpy() == tokenizer.pad_token_id) == 4  # two turns in each
 
 
 def test_a_format_of_another_family_is_refused():

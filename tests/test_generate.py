@@ -1,7 +1,7 @@
 """An answer does not depend on the batch it rode in, on any family; real classes, random weights, fp32."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from factories_evaluation import FAMILIES, byte_tokenizer, chat_format, questions, tiny_mllm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -83,6 +84,45 @@ def test_equals_generation_one_at_a_time_without_a_cache(case: Case) -> None:
     assert [(answer.text, answer.ended) for answer in found] == [
         one_at_a_time(case, i) for i in range(NUM_QUESTIONS)
     ]
+
+
+def test_equals_generate_of_transformers(case: Case) -> None:
+    for i in range(0, NUM_QUESTIONS, 3):
+        prompt = case.prompts[i]
+        embeds_TD = case.mllm.embed(
+            torch.from_numpy(prompt.input_ids).long(),
+            torch.from_numpy(prompt.visual_mask).nonzero()[:, 0],
+            case.visual[i],
+        )
+        with generation_attention(case.mllm.llm):
+            stock = case.mllm.llm.generate(
+                inputs_embeds=embeds_TD[None],
+                attention_mask=torch.ones(1, len(embeds_TD), dtype=torch.int64),
+                do_sample=False,
+                max_new_tokens=MAX_NEW_TOKENS,
+                eos_token_id=case.ends,
+                pad_token_id=0,
+            )[0].tolist()
+        ended = stock[-1] in case.ends
+        text = case.tokenizer.decode(stock[:-1] if ended else stock, skip_special_tokens=True)
+        [answer] = case.answer([i])
+        assert (answer.text, answer.ended) == (text, ended)
+
+
+def test_ids_that_the_tokenizer_lacks_are_counted(case: Case) -> None:
+    """Vocabularies are rounded up; what a row without a token answers has no text to stand for it."""
+    everything = case.answer(range(NUM_QUESTIONS))
+    assert all(answer.unreadable_tokens == 0 for answer in everything)
+    letters = {token: number for token, number in case.tokenizer.get_vocab().items() if number < 100}
+    core = Tokenizer(models.BPE(letters, []))
+    core.decoder = decoders.ByteLevel()
+    small = replace(case, tokenizer=PreTrainedTokenizerFast(tokenizer_object=core))
+    found = small.answer(range(NUM_QUESTIONS))
+    assert [answer.num_tokens for answer in found] == [answer.num_tokens for answer in everything]
+    assert sum(answer.unreadable_tokens for answer in found) > 0
+    assert any(answer.unreadable_tokens == 0 for answer in found)
+    for answer in found:
+        assert len(small.tokenizer(answer.text)["input_ids"]) <= answer.num_tokens - answer.unreadable_tokens
 
 
 def test_the_questions_tell_something(case: Case) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories_models import LLM_SHAPES
+from factories_models import LLM_SHAPES, VOCABULARY
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -83,6 +83,60 @@ def test_pad_token_comes_from_the_config(tmp_path: Path) -> None:
     assert load_tokenizer(config, tmp_path).pad_token_id == 1
     with pytest.raises(WeightsError, match="'<nix>' is not in the vocabulary"):
         load_tokenizer(replace(config, pad_token="<nix>"), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama", "phi3"])
+@pytest.mark.parametrize("from_folder", [True, False])
+def test_a_pad_token_in_the_text_learns_like_any_other(
+    family: str, from_folder: bool, tmp_path: Path
+) -> None:
+    shape = LLM_SHAPES[family]
+    folder = saved(shape, tmp_path / "llm") if from_folder else None
+    llm = load_llm(choice(tmp_path, shape), folder, torch.float32)
+    embeddings = llm.get_input_embeddings()
+    embeddings(torch.tensor([shape["pad_token_id"], 3])).sum().backward()
+    assert (embeddings.weight.grad.abs().sum(-1) > 0).nonzero().flatten().tolist() == [0, 3]
+
+
+def saved_tokenizer(folder: Path, vocabulary: dict[str, int], **roles: str) -> Path:
+    core = Tokenizer(WordLevel(vocabulary, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=core, **roles).save_pretrained(folder)
+    return folder
+
+
+def test_a_missing_pad_token_names_what_there_is(tmp_path: Path) -> None:
+    config = replace(choice(tmp_path, LLM_SHAPES["llama"]), pad_token="<nix>")
+    words = {"a": 0, "<eos>": 1, "<|finetune_right_pad_id|>": 2, "<unk>": 3}
+    folder = saved_tokenizer(tmp_path / "without", words, eos_token="<eos>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|finetune_right_pad_id|>"]})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(WeightsError) as caught:
+        load_tokenizer(config, folder)
+    message = str(caught.value)
+    assert "llm.pad_token='<nix>' is not in the vocabulary" in message
+    assert str(folder) in message
+    assert "no pad token of its own; tokens that would do: '<|finetune_right_pad_id|>', '<unk>'." in message
+    folder = saved_tokenizer(tmp_path / "with", words | {"<pad>": 4}, eos_token="<eos>", pad_token="<pad>")
+    with pytest.raises(WeightsError, match="Its own pad token is '<pad>'; tokens that would do: '<pad>'"):
+        load_tokenizer(config, folder)
+
+
+def test_more_ids_than_rows_are_refused(tmp_path: Path) -> None:
+    words = {f"w{number}": number for number in range(VOCABULARY)} | {"a": VOCABULARY}
+    folder = saved_tokenizer(tmp_path / "more", words | {"<pad>": 3}, pad_token="<pad>")
+    with pytest.raises(WeightsError, match=r"has ids up to 50, Gemma-2-tiny only 50 embedding rows"):
+        load_tokenizer(choice(tmp_path, LLM_SHAPES["gemma2"]), folder)
+
+
+@pytest.mark.parametrize("family", ["phi3", "phi"])
+def test_fewer_ids_than_rows_resize_nothing(family: str, tmp_path: Path) -> None:
+    """As published: Phi-4-mini has 200,064 rows, Phi-2 51,200, both more than their tokenizers have ids."""
+    config = choice(tmp_path, LLM_SHAPES[family])
+    folder = saved_tokenizer(saved(LLM_SHAPES[family], tmp_path / "llm"), {"a": 0, "<pad>": 1})
+    assert len(load_tokenizer(config, folder)) == 2
+    llm = load_llm(config, folder, torch.float32)
+    assert len(llm.get_input_embeddings().weight) == len(llm.get_output_embeddings().weight) == VOCABULARY
 
 
 @pytest.mark.parametrize(

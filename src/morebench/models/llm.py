@@ -3,9 +3,10 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,15 +42,28 @@ def load_llm(config: LLM, folder: Path | None, dtype: torch.dtype) -> PreTrained
     """
     expected = llm_config(load_shape(config.shape))
     if folder is None:
-        return AutoModelForCausalLM.from_config(expected, dtype=dtype, attn_implementation=VARLEN)
+        return _without_padding(
+            AutoModelForCausalLM.from_config(expected, dtype=dtype, attn_implementation=VARLEN)
+        )
     check_config(load_shape(config.shape), folder, config.shape)
     if not any(folder.glob("*.safetensors")):
         raise WeightsError(
             f"{folder} has no *.safetensors file. Only safetensors are read; convert it first."
         )
-    return AutoModelForCausalLM.from_pretrained(
+    llm = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=VARLEN, use_safetensors=True, local_files_only=True
     )
+    return _without_padding(llm)
+
+
+def _without_padding(llm: PreTrainedModel) -> PreTrainedModel:
+    """Batches are never padded, and transformers gives the row of a pad token no gradient.
+
+    Where it is also the end mark, it stands between the turns and must learn.
+    """
+    embeddings = cast(nn.Embedding, llm.get_input_embeddings())
+    embeddings.padding_idx = None
+    return llm
 
 
 def check_config(shape: Mapping[str, Any], folder: Path, name: str) -> None:
