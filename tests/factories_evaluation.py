@@ -78,7 +78,7 @@ def tiny_mllm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) ->
     llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=VARLEN)
     with torch.no_grad():  # less of the last token, more of what it attends to
         llm.get_input_embeddings().weight.mul_(0.1)
-    encoder = OpenClipEncoder(VISION_SHAPE, None)
+    encoder = OpenClipEncoder(VISION_SHAPE, None, feature_layer=-2)
     projector = MLPProjector(encoder.feature_dim, config.hidden_size, 2)
     return MLLM(encoder, projector, llm, visual_scale=4.0).eval().requires_grad_(False)
 

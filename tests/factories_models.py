@@ -92,7 +92,12 @@ def tiny_mllm(family: str) -> MLLM:
             torch.nn.init.normal_(parameter, std=0.3)
     projector = MLPProjector(CLIP_SHAPE["width"], WIDTH, depth=2)
     projector.initialise(seed=0)
-    mllm = MLLM(OpenClipEncoder(CLIP_SHAPE, None), projector, llm, WIDTH**0.5 if family == "gemma2" else 1.0)
+    mllm = MLLM(
+        OpenClipEncoder(CLIP_SHAPE, None, feature_layer=-2),
+        projector,
+        llm,
+        WIDTH**0.5 if family == "gemma2" else 1.0,
+    )
     mllm.get_submodule("vision").requires_grad_(False)
     return mllm.train()
 

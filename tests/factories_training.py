@@ -61,7 +61,7 @@ def make_cell(root: Path, family: str = "gemma2") -> Config:
     torch.manual_seed(7)
     vision = root / "weights" / "tiny" / "vision"
     vision.mkdir(parents=True)
-    whole = OpenClipEncoder(VISION_SHAPE | {"blocks": VISION_SHAPE["blocks"] + 1}, None)  # builds one less
+    whole = OpenClipEncoder(VISION_SHAPE, None, feature_layer=-1)
     save_file(
         {key: value.contiguous() for key, value in whole.model.state_dict().items()}, vision / "v.safetensors"
     )

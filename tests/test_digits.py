@@ -232,7 +232,7 @@ def test_a_built_encoder_is_reproducible_and_read_before_its_last_block(name: st
     facts = load_shape(shape)
     assert loads((tmp_path / "one" / "config.json").read_text()) == facts
 
-    encoder = ENCODERS[provider](facts, tmp_path / "one").eval()
+    encoder = ENCODERS[provider](facts, tmp_path / "one", feature_layer=-2).eval()
     whole = build_vit(provider, facts).eval()
     from safetensors.torch import load_file
 

@@ -13,9 +13,9 @@ from morebench.models.vision import OpenClipEncoder, TimmEncoder, TransformersEn
 NATIVE = CLIP_SHAPE["image_size"]
 PLAIN = CLIP_SHAPE | {"activation": "gelu", "prefix_tokens": 5}
 ENCODERS: dict[str, Callable[[], nn.Module]] = {
-    "open_clip": lambda: OpenClipEncoder(CLIP_SHAPE, None),
-    "timm": lambda: TimmEncoder(PLAIN, None),
-    "transformers": lambda: TransformersEncoder(PLAIN, None, name="dinov2_with_registers"),
+    "open_clip": lambda: OpenClipEncoder(CLIP_SHAPE, None, feature_layer=-2),
+    "timm": lambda: TimmEncoder(PLAIN, None, feature_layer=-2),
+    "transformers": lambda: TransformersEncoder(PLAIN, None, feature_layer=-2, name="dinov2_with_registers"),
 }
 
 

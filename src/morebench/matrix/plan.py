@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from morebench.config.compose import load_shape
 from morebench.config.schema import Step
+from morebench.config.visual import vision_problems
+from morebench.errors import ConfigError, join_problems
 from morebench.matrix import ledger
 from morebench.matrix.cell import CHAIN, PARENT, Cell, run_ids
 from morebench.matrix.ledger import State
@@ -36,6 +39,8 @@ class Plan:
 
 
 def make_plan(cells: Sequence[Cell]) -> Plan:
+    """Raises one ConfigError for all cells whose vision encoder could not be built."""
+    _check(cells)
     sources = Sources()
     ids = [run_ids(cell, sources) for cell in cells]
     runs: dict[str, PlannedRun] = {}
@@ -51,6 +56,18 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
                 )
             runs[run_id].shared_by.append(cell.name)
     return Plan(cells, ids, runs, list(sources.missing))
+
+
+def _check(cells: Sequence[Cell]) -> None:
+    problems = [
+        f"vision={cell.choices['vision']} resolution={cell.choices['resolution']}: {problem}"
+        for cell in cells
+        for problem in vision_problems(
+            cell.config.vision, load_shape(cell.config.vision.shape), cell.config.resolution
+        )
+    ]
+    if problems:
+        raise ConfigError(join_problems(dict.fromkeys(problems)))
 
 
 def _parents(own: dict[Step, str], step: Step) -> dict[Step, str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from morebench.config.compose import load_shape
 from morebench.config.schema import Config, Part
+from morebench.config.visual import built_blocks
 from morebench.errors import ConfigError
 
 Count = TypeVar("Count", int, np.ndarray)
@@ -54,8 +55,8 @@ def sizes(config: Config) -> Sizes:
         attention_width=llm["num_attention_heads"] * head_dim(llm),
         vocab_size=llm["vocab_size"],
         projector=(projector_in * width, *[width * width] * (config.projector.depth - 1)),
-        vision_weights=_vision_weights(vision),
-        vision_image=_vision_image(vision, scales),
+        vision_weights=_vision_weights(vision, config.vision.feature_layer),
+        vision_image=_vision_image(vision, config.vision.feature_layer, scales),
         num_visual_tokens=(vision["image_size"] // vision["patch_size"]) ** 2,
     )
 
@@ -102,16 +103,16 @@ def _llm_body(shape: Mapping[str, Any]) -> int:
     return shape["num_hidden_layers"] * (attention + mlp)
 
 
-def _vision_weights(shape: Mapping[str, Any]) -> int:
+def _vision_weights(shape: Mapping[str, Any], feature_layer: int) -> int:
     """Matrices only, as everywhere here."""
     width = shape["width"]
-    blocks = (shape["blocks"] - 1) * (4 * width * width + 2 * width * shape["mlp_dim"])
-    return blocks + 3 * shape["patch_size"] ** 2 * width
+    block = 4 * width * width + 2 * width * shape["mlp_dim"]
+    return built_blocks(shape["blocks"], feature_layer) * block + 3 * shape["patch_size"] ** 2 * width
 
 
-def _vision_image(shape: Mapping[str, Any], scales: Sequence[int]) -> int:
-    """Forward only, without the last block: it is not built."""
-    width, blocks = shape["width"], shape["blocks"] - 1
+def _vision_image(shape: Mapping[str, Any], feature_layer: int, scales: Sequence[int]) -> int:
+    """Forward only, of the blocks that are built."""
+    width, blocks = shape["width"], built_blocks(shape["blocks"], feature_layer)
     patches = (shape["image_size"] // shape["patch_size"]) ** 2
     tokens = patches + shape["prefix_tokens"]
     body = blocks * (4 * width * width + 2 * width * shape["mlp_dim"])

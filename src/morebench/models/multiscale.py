@@ -12,13 +12,14 @@ from morebench.models.vision import VisionEncoder
 class MultiScale(nn.Module):
     """Any encoder at `scales` (multiples of its native size): the same tokens, `len(scales)` times as wide.
 
-    Pixels come in at the largest scale, `image_size`.
+    `scales` ascend, and so do the channels. Pixels come in at the largest scale, `image_size`. As published:
+    arXiv 2403.13043.
     """
 
     def __init__(self, encoder: VisionEncoder, scales: list[int]) -> None:
         super().__init__()
         self.encoder = encoder
-        self.scales = sorted(scales)
+        self.scales = scales
         self.image_size = encoder.image_size * self.scales[-1]
         self.num_visual_tokens = encoder.num_visual_tokens
         self.feature_dim = encoder.feature_dim * len(self.scales)

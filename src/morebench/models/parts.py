@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from morebench.config.compose import build, load_shape
 from morebench.config.schema import Config, Part, Precision, VisualScale
+from morebench.config.visual import vision_problems
 from morebench.errors import ConfigError, WeightsError, join_problems
 from morebench.models.llm import load_llm
 from morebench.models.mllm import MLLM
@@ -54,8 +55,14 @@ def build_mllm(
 
 
 def build_encoder(config: Config, folder: Path | None) -> VisionEncoder:
-    """The vision encoder at the cell's resolution. Its `image_size` is what the images must be resized to."""
-    encoder = build(config.vision.encoder, shape=load_shape(config.vision.shape), weights=folder)
+    """The vision encoder at the cell's resolution. Its `image_size` is what the images must be resized to.
+
+    Raises one ConfigError for all that is wrong with the shape, the layer and the scales.
+    """
+    shape, layer = load_shape(config.vision.shape), config.vision.feature_layer
+    if problems := vision_problems(config.vision, shape, config.resolution):
+        raise ConfigError(join_problems(problems))
+    encoder = build(config.vision.encoder, shape=shape, weights=folder, feature_layer=layer)
     return encoder if config.resolution.scales == [1] else MultiScale(encoder, config.resolution.scales)
 
 
@@ -66,7 +73,8 @@ def module(mllm: MLLM, part: Part) -> nn.Module:
 def freeze_all_but(mllm: MLLM, parts: Collection[Part]) -> None:
     if Part.vision in parts:
         raise ConfigError(
-            "trainable: vision is always frozen (its last block is not built). Choose of: projector, llm."
+            "trainable: vision is always frozen (blocks after its feature layer are not built). "
+            "Choose of: projector, llm."
         )
     for part in Part:
         module(mllm, part).requires_grad_(part in parts)
