@@ -51,6 +51,25 @@ def test_a_sample_costs_what_was_worked_out_by_hand(
     assert sample_flops(model, tokens + 250, 1, 125, FINETUNE) / 1e12 == pytest.approx(finetune, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("vision", "layer", "resolution"),
+    [("clip", -2, "s2"), ("dinov2_reg", -1, "native"), ("siglip", -20, "s2")],
+)
+def test_an_image_costs_what_torch_counts(vision: str, layer: int, resolution: str) -> None:
+    """The encoder as it is built, at its true size, on a device without memory."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from morebench.models.parts import build_encoder
+
+    overrides = [f"vision={vision}", f"vision.feature_layer={layer}", f"resolution={resolution}"]
+    config = compose_config(overrides).config
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder = build_encoder(config, None)
+        encoder(torch.empty(1, 3, encoder.image_size, encoder.image_size))
+    assert sizes(config).vision_image == counter.get_total_flops()
+
+
 def test_small_numbers_by_hand() -> None:
     model = Sizes(
         llm_body=10,

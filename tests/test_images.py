@@ -1,14 +1,16 @@
 """Bit equality with the image processors the study used, and refusal of files nobody can use."""
 
 from contextlib import suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers.image_transforms import convert_to_rgb
 
 from morebench.config.compose import compose_config
 from morebench.config.schema import AspectRatio, ImageProcessing, Interpolation, Resize
@@ -71,6 +73,102 @@ def test_the_same_numbers_as_the_processors_of_the_study(choice: str):
             assert pixels.dtype == np.float32
             assert pixels.flags.c_contiguous
             np.testing.assert_array_equal(pixels, expected)
+
+
+def write_files(folder: Path) -> dict[str, Path]:
+    """One file of every kind that training data have, and of some that they should not have."""
+    generator = np.random.default_rng(0)
+    palette = Image.frombytes("P", (70, 45), generator.integers(0, 256, 70 * 45, dtype=np.uint8).tobytes())
+    palette.putpalette(generator.integers(0, 256, 768, dtype=np.uint8).tolist())
+    rgba = Image.fromarray(generator.integers(0, 256, (45, 70, 4), dtype=np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # "rotate me by a quarter"
+    images: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "rgb.jpg": (noise(80, 53), {"quality": 95}),
+        "progressive.jpg": (noise(53, 80), {"progressive": True}),
+        "cmyk.jpg": (noise(60, 40).convert("CMYK"), {}),
+        "grey.jpg": (noise(60, 40).convert("L"), {}),
+        "turned.jpg": (noise(90, 40), {"exif": turned}),
+        "grey.png": (noise(41, 60).convert("L"), {}),
+        "grey_alpha.png": (rgba.convert("LA"), {}),
+        "rgba.png": (rgba, {}),
+        "palette.png": (palette, {}),
+        "palette_one_transparent.png": (palette, {"transparency": 7}),
+        "palette_alpha.png": (palette, {"transparency": bytes(range(256))}),
+        "palette.gif": (palette, {"transparency": 7}),
+        "lossy.webp": (noise(50, 70), {}),
+        "one_wide.png": (noise(1, 40), {}),
+        "one_high.png": (noise(40, 1), {}),
+        "one_pixel.png": (noise(1, 1), {}),
+        "large.jpg": (noise(4000, 3000), {}),
+    }
+    for name, (image, options) in images.items():
+        image.save(folder / name, **options)
+    return {name: folder / name for name in images}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+def as_the_study(choice: str, path: Path, aspect_ratio: AspectRatio, scale: int = 1) -> np.ndarray:
+    """PIL's own `convert("RGB")`, the padding, the Hugging Face processor; under S2 at the largest scale."""
+    reference, settings, _ = REFERENCES[choice]
+    size = {side: scale * pixels for side, pixels in settings["size"].items()}
+    crop = {"crop_size": scale * settings["crop_size"]} if "crop_size" in settings else {}
+    image = Image.open(path).convert("RGB")
+    # PIL keeps the transparent colour of a palette as a note; transformers 4, which the study ran, left an
+    # RGB image alone, transformers 5 turns every pixel of that colour white
+    image.info.pop("transparency", None)
+    if aspect_ratio is AspectRatio.pad:
+        image = pad_to_square(image, COLOURS[choice])
+    processor = reference(**settings | {"size": size} | crop)
+    # said, not guessed: an image of one or three rows would be taken for channels first
+    return processor(image, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("choice", REFERENCES)
+def test_files_of_every_kind_as_the_study_read_them(choice: str, files: dict[str, Path]):
+    image_size = REFERENCES[choice][2]
+    for aspect_ratio in AspectRatio:
+        ours = ImageProcessor(processing(choice), image_size, aspect_ratio)
+        for name, path in files.items():
+            expected = as_the_study(choice, path, aspect_ratio)
+            np.testing.assert_array_equal(ours(load_image(path)), expected, err_msg=f"{name}, {aspect_ratio}")
+
+
+@pytest.mark.parametrize("choice", REFERENCES)
+def test_s2_reads_images_at_the_largest_scale(choice: str, files: dict[str, Path]):
+    image_size, wanted = REFERENCES[choice][2], processing(choice)
+    for aspect_ratio in AspectRatio:
+        ours = ImageProcessor(replace(wanted, resize_to=3 * wanted.resize_to), 3 * image_size, aspect_ratio)
+        pixels = ours(load_image(files["rgb.jpg"]))
+        assert pixels.shape == (3, 3 * image_size, 3 * image_size)
+        np.testing.assert_array_equal(pixels, as_the_study(choice, files["rgb.jpg"], aspect_ratio, scale=3))
+
+
+def test_both_dinov2_see_the_same_pixels():
+    assert processing("dinov2_reg") == processing("dinov2")
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_transparency_is_dropped_as_the_study_did(files: dict[str, Path]):
+    """transformers 5 lays a transparent image on white instead; the study never gave it one."""
+    for name in ("rgba.png", "grey_alpha.png", "palette_one_transparent.png", "palette_alpha.png"):
+        stored = Image.open(files[name])
+        ours = np.asarray(load_image(files[name]))
+        np.testing.assert_array_equal(ours, np.asarray(stored.convert("RGB")))
+        assert np.abs(ours.astype(int) - convert_to_rgb(stored, return_numpy=True)).max() > 100
+    opaque = Image.open(files["palette.png"])
+    np.testing.assert_array_equal(load_image(files["palette.png"]), convert_to_rgb(opaque, return_numpy=True))
+
+
+def test_the_camera_s_orientation_is_not_applied(files: dict[str, Path]):
+    stored = Image.open(files["turned.jpg"])
+    assert ImageOps.exif_transpose(stored).size == (40, 90)
+    assert load_image(files["turned.jpg"]).size == (90, 40)
 
 
 @pytest.mark.parametrize("choice", COLOURS)
