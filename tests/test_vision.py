@@ -1,10 +1,13 @@
 """Each provider's features against the hidden states of transformers' full model."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
+import timm
 import torch
 from factories_vision import MODEL_TYPES, as_open_clip, as_timm, patch_features, saved, stock_model
 from safetensors.torch import load_file
@@ -185,6 +188,48 @@ def test_open_clip_reads_the_tower_out_of_a_whole_clip(tmp_path: Path) -> None:
     encoder = OpenClipEncoder(CLIP, tmp_path, feature_layer=-2).eval()
     pixels = pixels_for(CLIP)
     torch.testing.assert_close(encoder(pixels), patch_features(whole.vision_model, 1, pixels))
+
+
+@torch.no_grad()
+def test_open_clip_s_own_whole_clip(tmp_path: Path) -> None:
+    """Its own names for everything, as in its published checkpoints."""
+    torch.manual_seed(0)
+    vision = {
+        "layers": BLOCKS,
+        "width": 32,
+        "head_width": 16,
+        "mlp_ratio": 2,
+        "patch_size": 8,
+        "image_size": 24,
+    }
+    text = {"context_length": 7, "vocab_size": 10, "width": 32, "heads": 2, "layers": 5}
+    whole = open_clip.model.CLIP(8, vision, text, quick_gelu=True).eval()
+    seen: list[Tensor] = []
+    whole.visual.transformer.resblocks[-2].register_forward_hook(lambda _, __, out: seen.append(out))
+    encoder = OpenClipEncoder(CLIP, saved(whole.state_dict(), tmp_path), feature_layer=-2).eval()
+    whole.visual(pixels_for(CLIP))
+    torch.testing.assert_close(encoder(pixels_for(CLIP)), seen[0][:, 1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choice", ["dinov2", "dinov2_reg", "siglip", "siglip2"])
+def test_timm_s_own_whole_models(choice: str, tmp_path: Path) -> None:
+    """Named as in conf/vision, with their heads."""
+    shape = SHAPES[MODEL_TYPES[choice]]
+    name = compose_config([f"vision={choice}"]).config.vision.encoder["name"]
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 32, "depth": BLOCKS, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
+    sizes["norm_layer"] = partial(nn.LayerNorm, eps=1e-6)
+    activation = {"gelu_tanh": partial(nn.GELU, approximate="tanh"), "gelu": nn.GELU}[shape["activation"]]
+    whole = timm.create_model(name, img_size=shape["image_size"], act_layer=activation, **sizes).eval()
+    native = {key: shape[key] for key in shape if key not in ("pretrain_image_size", "position_antialias")}
+    folder = saved(whole.state_dict(), tmp_path)
+    encoder = TimmEncoder(native, folder, feature_layer=-2, name=name).eval()
+    pixels = pixels_for(shape)
+    (expected,) = whole.forward_intermediates(
+        pixels, indices=[BLOCKS - 2], norm=False, output_fmt="NLC", intermediates_only=True
+    )
+    torch.testing.assert_close(encoder(pixels), expected)
 
 
 @torch.no_grad()

@@ -117,7 +117,7 @@ class Vision:
     label: str = unidentified()
     weights: Weights
     shape: Any  # file below conf/shapes, or its content
-    feature_layer: int  # hidden state that becomes the visual features; -2: what goes into the last block
+    feature_layer: int  # hidden state that becomes the features: -1 after the last block, -2 before it, ...
     encoder: dict[str, Any]  # recipe of a class in morebench.models.vision
     image: ImageProcessing
 
