@@ -191,6 +191,7 @@ def _config(root: Path, family: str) -> Config:
         paths=paths_below(root),
         seed=0,
         on_bad_image=ImagePolicy.error,
+        parent=None,
         experiments=None,
     )
 

@@ -12,14 +12,14 @@ from morebench import entry
 from morebench.config.assemble import assemble
 from morebench.config.experiments import expand
 from morebench.config.overrides import check
-from morebench.matrix.cell import cell_of
+from morebench.matrix.cell import cells_of
 from morebench.matrix.plan import Plan, make_plan
 from morebench.show import print_plan
 
 
 def plan_of(overrides: Sequence[str]) -> Plan:
     check(overrides)
-    return make_plan([cell_of(composed) for composed in assemble(expand(overrides))])
+    return make_plan(cells_of(assemble(expand(overrides))))
 
 
 def command(overrides: Sequence[str]) -> None:

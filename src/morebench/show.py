@@ -37,6 +37,12 @@ def print_plan(plan: Plan, file: TextIO = sys.stdout) -> None:
             row.append(f"[{style}]{run.state.name}[/]{shared}")
         table.add_row(cell.name, *row)
     console.print(table)
+    for parent in {cell.parent.run_id: cell.parent for cell in plan.cells if cell.parent}.values():
+        text = f"Starts from {parent.folder}, with the LLM and vision weights that this run was made with:"
+        console.print(escape(text), highlight=False, soft_wrap=True)
+        for part, weights in (("llm", parent.config.llm.weights), ("vision", parent.config.vision.weights)):
+            place = weights.folder or weights.hub_id or "built here"
+            console.print(escape(f"  {part}: {place}"), highlight=False, soft_wrap=True)
     done = len(plan.runs) - len(plan.todo())
     console.print(f"{len(plan.cells)} cells, {len(plan.runs)} runs: {done} done, {len(plan.todo())} to do.")
     if plan.missing_sources:

@@ -6,22 +6,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from morebench.config.compose import CONF_DIR, CONFIG_DIR_VARIABLE, register
+from morebench.config.compose import CONF_DIR, CONFIG_DIR_VARIABLE, Composed, register
 from morebench.config.overrides import check
 from morebench.entry import fail
 from morebench.errors import EXIT_DONE, EXIT_FAILED, MorebenchError, WeightsError, join_problems
 
 
 def launch_cells(job_overrides: Sequence[Sequence[str]], options: Mapping[str, Any]) -> int:
-    """Plan the cells, run what is missing, print where everything stands; returns the exit code."""
     from morebench.config.assemble import assemble
-    from morebench.matrix.cell import cell_of
+
+    return launch(assemble(job_overrides), options)
+
+
+def launch(composed: Sequence[Composed], options: Mapping[str, Any]) -> int:
+    """Plan the cells, run what is missing, print where everything stands; returns the exit code."""
+    from morebench.matrix.cell import cells_of
     from morebench.matrix.launch import launch_local
     from morebench.matrix.plan import make_plan
     from morebench.prepare import prepare
     from morebench.show import print_outcomes, print_plan
 
-    cells = [cell_of(composed) for composed in assemble(job_overrides)]
+    cells = cells_of(composed)
     prepare([cell.config for cell in cells])
     plan = make_plan(cells)
     if plan.missing_sources:

@@ -3,8 +3,8 @@
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from morebench.config.schema import Config
+from morebench.config.schema import Config, Weights
 from morebench.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -167,14 +167,61 @@ def to_config(tree: Any) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Folders of weights among the runs are written relative to `path`, so that these can be moved."""
+    runs = path.absolute().parent.parent
+
+    def written(folder: Path) -> Path:
+        inside = folder.absolute().is_relative_to(runs)
+        return (
+            Path(os.path.relpath(folder.absolute(), path.absolute().parent)) if inside else folder.absolute()
+        )
+
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(_place_weights(config, written))))
 
 
 def load_config(path: Path) -> Config:
+    """What `save_config` wrote; relative folders of weights are relative to `path`."""
     try:
-        return to_config(OmegaConf.load(path))
+        config = to_config(OmegaConf.load(path))
     except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
         raise ConfigError(f"{path} is not a config this version wrote: {reason(error)}") from error
+    return _place_weights(config, lambda folder: Path(os.path.normpath(path.absolute().parent / folder)))
+
+
+def _place_weights(config: Config, place: Callable[[Path], Path]) -> Config:
+    def placed(weights: Weights) -> Weights:
+        return (
+            weights if weights.folder is None else replace(weights, folder=str(place(Path(weights.folder))))
+        )
+
+    return replace(
+        config,
+        llm=replace(config.llm, weights=placed(config.llm.weights)),
+        vision=replace(config.vision, weights=placed(config.vision.weights)),
+    )
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with whole groups (`suite=digits`) taken from conf/ and then values (`suite.x=1`) set.
+
+    Raises ConfigError with Hydra's reason.
+    """
+    tree = OmegaConf.structured(config)
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        for override in sorted(parsed, key=lambda each: each.get_key_element() not in groups()):
+            key = override.get_key_element()
+            if key in groups():
+                node = getattr(compose_config([str(override.input_line)]).config, key)
+                OmegaConf.update(tree, key, OmegaConf.structured(node), merge=False)
+            else:
+                OmegaConf.update(tree, key, override.value())
+        changed = to_config(tree)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"Cannot apply {' '.join(overrides)}: {reason(error)}") from error
+    if problems := list(out_of_bounds(changed)):
+        raise ConfigError(f"Cannot apply {' '.join(overrides)}: {'; '.join(problems)}")
+    return changed
 
 
 def build(recipe: Mapping[str, Any], **runtime: Any) -> Any:

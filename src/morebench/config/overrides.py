@@ -15,6 +15,8 @@ from morebench.config.compose import (
 )
 from morebench.errors import ConfigError, join_problems
 
+FROM_PARENT = ("llm.weights", "vision.weights", "vision.encoder")
+
 
 def check(texts: Sequence[str], multirun: bool = True) -> None:
     """Raise one ConfigError that lists everything wrong with these overrides.
@@ -42,8 +44,19 @@ def check(texts: Sequence[str], multirun: bool = True) -> None:
         else:
             values.append(override)
     problems.extend(_check_values(values, chosen))
+    problems.extend(_taken_from_parent(values))
     if problems:
         raise ConfigError(join_problems(problems))
+
+
+def _taken_from_parent(overrides: Sequence[Override]) -> list[str]:
+    if not any(override.key == "parent" and override.values != ("null",) for override in overrides):
+        return []
+    return [
+        f"{override.text}: with parent=ID these weights are the parent's. Leave one of the two out."
+        for override in overrides
+        if any(f"{override.key}.".startswith(f"{taken}.") for taken in FROM_PARENT)
+    ]
 
 
 def _check_experiments(override: Override, multirun: bool) -> list[str]:

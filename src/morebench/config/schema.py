@@ -272,6 +272,7 @@ class Config:
     paths: Paths
     seed: int = bounded(0, 2**32 - 1)
     on_bad_image: ImagePolicy
+    parent: str | None  # run id or folder to start from instead of this cell's own previous step
     experiments: str | None  # files in experiments/ (-m experiments=a,b); in a cell, the one it comes from
 
 

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from morebench.config.compose import Composed, load_chat_format, load_shape
 from morebench.config.schema import AXES, Config, Step
+from morebench.errors import ConfigError, join_problems
+from morebench.matrix.parent import Parent, find_run, start_from
 from morebench.matrix.sources import Sources
 
 # Raise when a change of the code changes losses, predictions or the order of samples: every run id changes
@@ -25,6 +28,7 @@ class Cell:
 
     choices: Mapping[str, str]  # axis -> file stem
     config: Config
+    parent: Parent | None = None  # the run that stands for the chain's steps up to its own
 
     @property
     def axes(self) -> dict[str, Any]:
@@ -38,12 +42,31 @@ class Cell:
     @property
     def steps(self) -> tuple[Step, ...]:
         """The chain up to the last requested step: a missing parent runs first."""
+        first = 0 if self.parent is None else CHAIN.index(self.parent.step) + 1
         last = max(CHAIN.index(step) for step in self.config.stage.steps)
-        return CHAIN[: last + 1]
+        return CHAIN[first : last + 1]
 
 
 def cell_of(composed: Composed) -> Cell:
-    return Cell(composed.choices, composed.config)
+    """Raises RunError for a `parent` that is no finished run, ConfigError for one that does not fit."""
+    choices, config = composed.choices, composed.config
+    if config.parent is None:
+        return Cell(choices, config)
+    parent = find_run(config.parent, Path(config.paths.runs))
+    return Cell(choices, start_from(parent, choices, config), parent)
+
+
+def cells_of(composed: Sequence[Composed]) -> list[Cell]:
+    """All cells, or one ConfigError for all whose `parent` does not fit."""
+    cells, problems = [], []
+    for one in composed:
+        try:
+            cells.append(cell_of(one))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(join_problems(problems))
+    return cells
 
 
 def identity(value: Any) -> Any:
@@ -68,7 +91,10 @@ def digest(content: Any) -> str:
 
 
 def run_ids(cell: Cell, sources: Sources) -> dict[Step, str]:
-    """Run id of every step of the cell's chain, parents included in their children's digest."""
+    """Run id of every step of the cell's chain, parents included in their children's digest.
+
+    A cell with a `parent` has that run's id in place of the steps up to its own.
+    """
     config = cell.config
     parts = {
         "numerics": NUMERICS_VERSION,
@@ -78,7 +104,7 @@ def run_ids(cell: Cell, sources: Sources) -> dict[Step, str]:
         "projector": identity(config.projector),
         "seed": config.seed,
     }
-    ids: dict[Step, str] = {}
+    ids = {} if cell.parent is None else {cell.parent.step: cell.parent.run_id}
     for step in cell.steps:
         content = {
             **parts,

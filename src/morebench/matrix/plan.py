@@ -50,7 +50,7 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
                 continue
             run_id = own[step]
             if run_id not in runs:
-                folder = Path(cell.config.paths.runs) / run_id
+                folder = _folder(cell, run_id)
                 runs[run_id] = PlannedRun(
                     run_id, step, cell, folder, _parents(own, step), ledger.state(folder)
                 )
@@ -72,7 +72,13 @@ def _check(cells: Sequence[Cell]) -> None:
 
 def _parents(own: dict[Step, str], step: Step) -> dict[Step, str]:
     parents = {}
-    while step in PARENT:
+    while step in PARENT and PARENT[step] in own:  # a chain may start after a run it was given
         step = PARENT[step]
         parents[step] = own[step]
     return parents
+
+
+def _folder(cell: Cell, run_id: str) -> Path:
+    if cell.parent is not None and cell.parent.run_id == run_id:
+        return cell.parent.folder
+    return Path(cell.config.paths.runs) / run_id

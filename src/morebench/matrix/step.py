@@ -26,13 +26,24 @@ def prepare_run(run: PlannedRun) -> None:
         if not (run.folder / "manifest.json").exists():
             ledger.write_json(run.folder / "manifest.json", {"run_id": run.run_id, "step": run.step.name})
         ledger.write_json(run.folder / "cell.json", run.cell.axes)
-        parents = {step.name: run_id for step, run_id in run.parents.items()}
+        parents = {step.name: _place(run, run_id) for step, run_id in run.parents.items()}
         ledger.write_json(run.folder / "parents.json", parents)
         save_config(run.cell.config, run.folder / "config.yaml")
     except OSError as error:
         raise RunError(
             f"{run.folder} cannot be written: {error.strerror}. Choose another place: paths.runs=..."
         ) from error
+
+
+def _place(run: PlannedRun, run_id: str) -> str:
+    """A run id, or the folder of a given parent that lies outside this runs folder."""
+    parent = run.cell.parent
+    elsewhere = (
+        parent is not None
+        and parent.run_id == run_id
+        and parent.folder.parent != run.folder.absolute().parent
+    )
+    return str(parent.folder) if parent is not None and elsewhere else run_id
 
 
 def execute(folder: Path) -> tuple[int, str]:
@@ -68,8 +79,8 @@ def _run(folder: Path) -> None:
     config = load_config(folder / "config.yaml")
     step = Step[json.loads((folder / "manifest.json").read_text())["step"]]
     parents = {
-        Step[name]: folder.parent / run_id
-        for name, run_id in json.loads((folder / "parents.json").read_text()).items()
+        Step[name]: folder.parent / place  # an absolute path stays what it is
+        for name, place in json.loads((folder / "parents.json").read_text()).items()
     }
     cell = json.loads((folder / "cell.json").read_text())
     name = "-".join(str(value) for value in cell.values())

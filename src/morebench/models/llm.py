@@ -1,7 +1,7 @@
 """Causal language models of transformers, loaded from local safetensors only."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,19 +70,26 @@ def check_config(shape: Mapping[str, Any], folder: Path, name: str) -> None:
     """Raise one WeightsError that lists every field of `shape` that `folder`/config.json contradicts."""
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} has no config.json, so it is not a folder of transformers weights.")
-    expected = llm_config(shape)
     found = AutoConfig.from_pretrained(folder, local_files_only=True)
-    problems = []
-    for field in sorted({"rope_parameters" if key in _ROPE_FIELDS else key for key in shape}):
-        wanted, got = getattr(expected, field, None), getattr(found, field, None)
-        if wanted != got:
-            problems.append(f"{field}: conf/shapes/{name} says {wanted}, {folder / 'config.json'} says {got}")
+    problems = [
+        f"{field}: conf/shapes/{name} says {wanted}, {folder / 'config.json'} says {got}"
+        for field, wanted, got in shape_differences(shape, found)
+    ]
     if problems:
         raise WeightsError(
             join_problems(
                 [*problems, "Use the weights the shape describes, or give them a shape file of their own."]
             )
         )
+
+
+def shape_differences(shape: Mapping[str, Any], found: PretrainedConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(field, value in `shape`, value found) of every field of `shape` that `found` contradicts."""
+    expected = llm_config(shape)
+    for field in sorted({"rope_parameters" if key in _ROPE_FIELDS else key for key in shape}):
+        wanted, got = getattr(expected, field, None), getattr(found, field, None)
+        if wanted != got:
+            yield field, wanted, got
 
 
 def load_tokenizer(config: LLM, folder: Path) -> PreTrainedTokenizerFast:

@@ -84,20 +84,25 @@ def save_parts(mllm: MLLM, parts: Collection[Part], folder: Path) -> list[Path]:
     """Write `<folder>/<part>.safetensors` each, a tied head once; aside first, then renamed."""
     written = []
     for part in parts:
-        tied = _tied_copies(module(mllm, part))
+        tied = tied_copies(module(mllm, part))
         state = {
             key: tensor.detach().cpu().contiguous()
             for key, tensor in module(mllm, part).state_dict().items()
             if key not in tied
         }
         path = folder / f"{part.name}.safetensors"
-        aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        save_file(state, aside, metadata={"format": "pt"})
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
+        save_tensors(state, path)
         written.append(path)
     return written
+
+
+def save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    """Aside first, then to the disk, then renamed. Mapped tensors go from file to file, not into memory."""
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    save_file(state, aside, metadata={"format": "pt"})
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def load_part(mllm: MLLM, part: Part, path: Path) -> None:
@@ -105,7 +110,7 @@ def load_part(mllm: MLLM, part: Part, path: Path) -> None:
     if not path.is_file():
         raise WeightsError(f"{path} does not exist; the run that writes it has not finished.")
     target = module(mllm, part)
-    tied = _tied_copies(target)
+    tied = tied_copies(target)
     wanted = {key: tensor for key, tensor in target.state_dict().items() if key not in tied}
     with safe_open(path, "pt") as file:
         state: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -123,7 +128,7 @@ def load_part(mllm: MLLM, part: Part, path: Path) -> None:
     target.load_state_dict(state, strict=False)  # strict but for the tied copies
 
 
-def _tied_copies(part: nn.Module) -> set[str]:
+def tied_copies(part: nn.Module) -> set[str]:
     """Names under which a parameter appears a second time, e.g. a head tied to the embeddings."""
     first = {name for name, _ in part.named_parameters()}
     return {name for name, _ in part.named_parameters(remove_duplicate=False)} - first
