@@ -67,9 +67,13 @@ def _from_reference(own: dict[str, Override], rest: Sequence[Override]) -> None:
     check(texts, multirun=False)
     composed = compose_config(texts)
 
+    from transformers.utils import logging
+
     from morebench.matrix.imported import import_reference
     from morebench.prepare import check_writable
 
+    logging.set_verbosity_error()  # its advice is about shapes that are compared here anyway
+    logging.disable_progress_bar()
     check_writable(Path(composed.config.paths.runs))
     imported = import_reference(composed, Path(own["path"].values[0]).expanduser())
     for part, count in imported.report["taken"].items():

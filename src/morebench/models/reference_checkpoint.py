@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from morebench.config.compose import load_shape
 from morebench.config.schema import Config, Part, Step
@@ -88,8 +88,10 @@ def _deal_projector(found: dict[str, Tensor], config: Config, dealt: Dealt) -> N
 
 
 def _deal_llm(found: dict[str, Tensor], config: Config, dealt: Dealt) -> None:
+    shape = llm_config(load_shape(config.llm.shape))
+    shape.pad_token_id = None  # a default of transformers that small vocabularies lack; it fixes no shape
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(llm_config(load_shape(config.llm.shape)))
+        llm = AutoModelForCausalLM.from_config(shape)
     tied = tied_copies(llm)
     (embeddings,) = (
         name for name, value in llm.named_parameters() if value is llm.get_input_embeddings().weight
@@ -116,8 +118,8 @@ def _deal_tower(found: dict[str, Tensor], config: Config, dealt: Dealt) -> None:
         whole = TransformersEncoder({**shape, "blocks": shape["blocks"] + 1}, None, dealt.tower_type)
     tower_config = whole.model.config
     tower_config.vision_use_head = any(name.startswith(("head.", "vision_model.head.")) for name in found)
-    _, report = AutoModel.from_pretrained(
-        None,  # type: ignore[arg-type]
+    _, report = type(whole.model).from_pretrained(
+        None,
         config=tower_config,
         state_dict=dict(found),
         ignore_mismatched_sizes=True,

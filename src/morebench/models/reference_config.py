@@ -7,6 +7,7 @@ loader takes for it.
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from transformers import AutoConfig
@@ -63,9 +64,7 @@ def _llm_problems(raw: Mapping[str, Any], config: Config) -> list[str]:
     problems = _llm_differences(raw, shape)
     if not problems:
         return []
-    fitting = [
-        name for name in options("llm") if not _llm_differences(raw, load_shape(_choice("llm", name).shape))
-    ]
+    fitting = [name for name in options("llm") if not _llm_differences(raw, _shape_of("llm", name))]
     right = (
         f"llm choices of the checkpoint's shape: {', '.join(fitting)}."
         if fitting
@@ -85,8 +84,9 @@ def _llm_differences(raw: Mapping[str, Any], shape: Mapping[str, Any]) -> list[s
     ]
 
 
-def _choice(group: str, name: str) -> Any:
-    return getattr(compose_config([f"{group}={name}"]).config, group)
+@cache
+def _shape_of(group: str, choice: str) -> dict[str, Any]:
+    return load_shape(getattr(compose_config([f"{group}={choice}"]).config, group).shape)
 
 
 def _vision_problems(raw: Mapping[str, Any], config: Config) -> Iterator[str]:
@@ -140,7 +140,7 @@ def _widths(width: int) -> str:
     """Which vision choices have features this wide, alone or at three scales."""
     fitting = []
     for name in options("vision"):
-        own = load_shape(_choice("vision", name).shape)["width"]
+        own = _shape_of("vision", name)["width"]
         fitting += [name] * (own == width) + [f"{name} with resolution=s2"] * (3 * own == width)
     return f"Vision choices of this width: {', '.join(fitting) or 'none'}."
 
