@@ -53,9 +53,10 @@ def rows(plan: Plan) -> list[ReportRow]:
             labels={axis: getattr(cell.config, axis).label for axis in AXES},
             seed=cell.config.seed,
             runs={
-                step.name: plan.runs[ids[step]].folder if plan.runs[ids[step]].state is State.done else None
-                for step in CHAIN
-                if step in ids
+                step.name: plan.runs[ids[step]].folder
+                if step in ids and plan.runs[ids[step]].state is State.done
+                else None
+                for step in CHAIN  # a step that this chain has not is one whose cost is not known
             },
         )
         for cell, ids in zip(plan.cells, plan.ids, strict=True)

@@ -96,8 +96,8 @@ def _run_id(cell: Cell, step: Step, hashes: Mapping[str, str]) -> str:
 
 def _write_tokenizer(files: CheckpointFiles, llm: LLM, folder: Path) -> dict[str, str]:
     """config.json and a fast tokenizer in `folder`; returns the hashes of the tokenizer files read."""
-    fields = llm_fields(files.config, load_shape(llm.shape))
-    llm_config(fields).save_pretrained(folder)
+    config = llm_config(llm_fields(files.config, load_shape(llm.shape)))
+    config.save_pretrained(folder)
     hashes = {}
     for name in _TOKENIZER_FILES:
         if (files.folder / name).is_file():
@@ -106,11 +106,10 @@ def _write_tokenizer(files: CheckpointFiles, llm: LLM, folder: Path) -> dict[str
     if "tokenizer.json" not in hashes:
         _make_fast(files.folder, folder)
     tokenizer = load_tokenizer(llm, folder)
-    rows = fields["vocab_size"]
-    if len(tokenizer) > rows:
+    if len(tokenizer) > config.vocab_size:
         raise WeightsError(
             f"The tokenizer in {files.folder} has {len(tokenizer)} tokens, config.json says "
-            f"vocab_size {rows}."
+            f"vocab_size {config.vocab_size}."
         )
     return hashes
 
@@ -139,7 +138,9 @@ def _write_run(
     written = [_save(dealt.parts[Part.projector], folder / "projector.safetensors")]
     if files.step is Step.finetune:
         written.append(_save(dealt.parts[Part.llm], folder / "llm.safetensors"))
-        shutil.copytree(draft, folder / "llm", dirs_exist_ok=True)
+        (folder / "llm").mkdir(exist_ok=True)
+        for path in draft.iterdir():
+            shutil.copyfile(path, folder / "llm" / path.name)
         link = folder / "llm" / "model.safetensors"
         link.unlink(missing_ok=True)
         link.symlink_to(Path("..") / "llm.safetensors")  # relative, so that the run can be moved

@@ -6,7 +6,7 @@ loader takes for it.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -52,7 +52,7 @@ def llm_fields(raw: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, An
     return fields | {"model_type": model_type, "tie_word_embeddings": tied}
 
 
-def scales_of_pixels(pixels: list[int], image_size: int) -> list[int]:
+def scales_of_pixels(pixels: Sequence[int], image_size: int) -> list[int]:
     """Multiples of the encoder's input size, e.g. 336, 672, 1008 at 336 -> 1, 2, 3. Raises ConfigError."""
     if wrong := [size for size in pixels if size % image_size or size <= 0]:
         raise ConfigError(f"{wrong} are no multiples of the encoder's {image_size} pixels.")
