@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from factories_reference import Published
 
 SHORT = ["stage.pretrain.max_steps=2", "stage.finetune.max_steps=2", "tracking=none"]
 ONE_CELL = ["experiments=digits", "llm=llama_tiny", "vision=clip_tiny", *SHORT]
@@ -233,7 +234,7 @@ def test_a_users_mistake_is_one_error_and_exit_code_2(
 
 
 def test_every_verb_explains_itself() -> None:
-    for verb in ("train", "plan", "status", "report", "evaluate", "track"):
+    for verb in ("train", "plan", "status", "report", "evaluate", "track", "convert"):
         done = run(verb, "--help", root=Path.cwd())
         assert done.returncode == 0
         assert "python -m morebench" in done.stdout
@@ -248,3 +249,27 @@ def test_golden_cases_replay(tmp_path: Path) -> None:
     broken = run("evaluate", f"golden={tmp_path}", root=tmp_path)
     assert broken.returncode == 1
     assert "gqa-small-0000" in broken.stdout
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint_is_imported_evaluated_and_finetuned(copy: Path) -> None:
+    published = Published("llama_tiny", "clip_tiny")
+    published.write(copy / "whole")
+    published.write_projector(copy / "projector")
+    digits = ["recipe=digits", "suite=digits", "finetune_data=digits", "pretrain_data=digits", "trainer=cpu"]
+    cell = ["llm=llama_tiny", "vision=clip_tiny", *digits]
+    whole = run("convert", "from=reference", f"path={copy / 'whole'}", *cell, root=copy)
+    assert whole.returncode == 0, whole.stderr
+    wrong = run(
+        "convert", "from=reference", f"path={copy / 'whole'}", *cell[1:], "llm=gemma2_tiny", root=copy
+    )
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+    evaluated = run("evaluate", f"run={whole.stdout.strip()}", "tracking=none", "trainer=cpu", root=copy)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert results(copy)["tasks"]
+    projector = run("convert", "from=reference", f"path={copy / 'projector'}", *cell, root=copy)
+    parent = f"parent={projector.stdout.strip()}"
+    trained = run("train", "stage=finetune", parent, *cell, *SHORT, root=copy)
+    assert trained.returncode == 0, trained.stderr
+    assert len(metrics(copy, "finetune")) == 2
