@@ -121,7 +121,9 @@ class Published:
     def mllm(self, folder: Path) -> MLLM:
         """The model that the checkpoint was made from; its tower goes through `folder`."""
         self.tower.save_pretrained(folder)
-        encoder = TransformersEncoder(self.vision_shape, folder, TOWER_TYPES[self.vision])
+        encoder = TransformersEncoder(
+            self.vision_shape, folder, feature_layer=-2, name=TOWER_TYPES[self.vision]
+        )
         return MLLM(encoder, self.projector, self.llm, self.visual_scale).eval().requires_grad_(False)
 
 

@@ -90,12 +90,13 @@ def _llm_parameters(shape: str) -> int:
 
 
 def _vision_parameters(config: Config) -> int:
-    return _encoder_parameters(json.dumps([config.vision.encoder, load_shape(config.vision.shape)]))
+    vision = config.vision
+    return _encoder_parameters(json.dumps([vision.encoder, load_shape(vision.shape), vision.feature_layer]))
 
 
 @cache
 def _encoder_parameters(recipe: str) -> int:
-    encoder, shape = json.loads(recipe)
+    encoder, shape, feature_layer = json.loads(recipe)
     with torch.device("meta"):
-        built = build(encoder, shape=shape, weights=None)
+        built = build(encoder, shape=shape, weights=None, feature_layer=feature_layer)
     return sum(parameter.numel() for parameter in built.parameters())

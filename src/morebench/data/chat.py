@@ -78,7 +78,7 @@ class ChatFormat:
 
     def end_token_ids(self, tokenizer: "Tokenizer") -> list[int]:
         """Ids that end an answer: its end mark (the control token trained next), `stop`, and the EOS."""
-        control_ids = self._control_ids(tokenizer)
+        control_ids = self.control_ids(tokenizer)
         after = [segment for segment in self.turn if segment.trained and "{answer}" not in segment.text]
         marks = [after[0].token] if after and after[0].token else []
         ends = [token_id for token in (*marks, *self.stop) for token_id in control_ids[token]]
@@ -92,7 +92,7 @@ class ChatFormat:
         White space that control tokens swallow is dropped as the family's own tokenizer drops it. Where that
         is untrained it is harmless, but a format must not promise to train what never reaches the loss.
         """
-        self._control_ids(tokenizer)
+        self.control_ids(tokenizer)
         segments = [
             *self.start,
             *self._fill(self.turn, Turn("Q", "A")),
@@ -129,7 +129,7 @@ class ChatFormat:
         max_length: int | None,
         where: str,
     ) -> Encoded:
-        control_ids = self._control_ids(tokenizer)
+        control_ids = self.control_ids(tokenizer)
         text = text_tokenizer(tokenizer)
         pieces = swallow_spaces(split_at_images(segments), text.added)
         ids: list[int] = []
@@ -158,7 +158,7 @@ class ChatFormat:
             truncated,
         )
 
-    def _control_ids(self, tokenizer: "Tokenizer") -> dict[str, list[int]]:
+    def control_ids(self, tokenizer: "Tokenizer") -> dict[str, list[int]]:
         """Control token -> its id; {bos} -> none where the tokenizer has no BOS of its own."""
         names = {s.token: None for s in (*self.start, *self.turn) if s.token is not None} | dict.fromkeys(
             self.stop

@@ -99,6 +99,7 @@ class TextTokenizer:
         schemes = _prefix_schemes(tokenizer.backend_tokenizer)
         # "always": behind a control token too, as the first Llama tokenizers; "first": where a chunk begins
         self._always = "always" in schemes
+        self.prefixes_chunks_alone = bool(schemes) and not self._always
         self._unprefixed = _without_prefix(tokenizer.backend_tokenizer) if schemes else None
 
     def encode(

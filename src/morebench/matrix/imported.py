@@ -170,14 +170,13 @@ def _write_run(
 def _own_weights(config: Config, dealt: Dealt, folder: Path) -> Config:
     """The LLM, and the vision tower if the checkpoint holds one, are read from the run itself."""
     llm = replace(config.llm, weights=_below(folder / "llm"))
-    if dealt.tower_type is None:
+    if dealt.tower is None:
         return replace(config, llm=llm)
     tower = folder / "vision"
     tower.mkdir(exist_ok=True)
     _save(dealt.parts[Part.vision], tower / "model.safetensors")
-    facts = {"model_type": dealt.tower_type, **load_shape(config.vision.shape)}
-    ledger.write_json(tower / "config.json", facts)
-    encoder = {"_target_": "morebench.models.vision.TransformersEncoder", "name": dealt.tower_type}
+    dealt.tower.save_pretrained(tower)
+    encoder = {"_target_": "morebench.models.vision.TransformersEncoder", "name": dealt.tower.model_type}
     vision = replace(config.vision, weights=_below(tower), encoder=encoder)
     return replace(config, llm=llm, vision=vision)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from morebench.config.compose import load_shape
 from morebench.config.schema import Config, Part, Step
@@ -35,7 +35,7 @@ class Dealt:
     """What each part gets, under the part's own names. The tower's are as published."""
 
     parts: dict[Part, dict[str, Tensor]] = field(default_factory=dict)
-    tower_type: str | None = None  # transformers' model_type of the stored vision tower
+    tower: PretrainedConfig | None = None  # of the stored vision tower
     ignored: dict[str, int] = field(default_factory=dict)  # reason -> number of tensors
     problems: list[str] = field(default_factory=list)
 
@@ -112,11 +112,11 @@ def _deal_llm(found: dict[str, Tensor], config: Config, dealt: Dealt) -> None:
 
 def _deal_tower(found: dict[str, Tensor], config: Config, dealt: Dealt) -> None:
     """transformers itself tells whether the tower fits: it knows every name it ever gave to a tensor."""
-    dealt.tower_type = _tower_type(found)
+    model_type = _tower_type(found)
     shape = load_shape(config.vision.shape)
-    with torch.device("meta"):  # the encoder leaves its last block out, the checkpoint does not
-        whole = TransformersEncoder({**shape, "blocks": shape["blocks"] + 1}, None, dealt.tower_type)
-    tower_config = whole.model.config
+    with torch.device("meta"):  # -1: with every block, as the checkpoint has them
+        whole = TransformersEncoder(shape, None, feature_layer=-1, name=model_type)
+    tower_config = dealt.tower = whole.model.config
     tower_config.vision_use_head = any(name.startswith(("head.", "vision_model.head.")) for name in found)
     _, report = type(whole.model).from_pretrained(
         None,
@@ -126,7 +126,7 @@ def _deal_tower(found: dict[str, Tensor], config: Config, dealt: Dealt) -> None:
         output_loading_info=True,
         dtype="auto",
     )
-    what = f"a {dealt.tower_type} of the cell's vision shape"
+    what = f"a {model_type} of the cell's vision shape"
     for name in sorted(report["missing_keys"]):
         dealt.problems.append(f"{TOWER_PREFIX}{name}: missing, {what} needs it.")
     for name in sorted(report["unexpected_keys"]):
