@@ -1,5 +1,6 @@
 """transformers' vision models with random weights, and the same weights as timm and open_clip name them."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
+
+from morebench.config.compose import compose_config
+
+composed = cache(compose_config)  # of a tuple of overrides; to be read, not changed
 
 MODEL_TYPES = {
     "clip": "clip_vision_model",

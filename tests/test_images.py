@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from factories_vision import composed
 from PIL import Image, ImageOps
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_transforms import convert_to_rgb
 
-from morebench.config.compose import compose_config
 from morebench.config.schema import AspectRatio, ImageProcessing, Interpolation, Resize
 from morebench.data.images import (
     ImageProcessor,
@@ -55,7 +55,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 def processing(choice: str) -> ImageProcessing:
-    return compose_config([f"vision={choice}"]).config.vision.image
+    return composed((f"vision={choice}",)).config.vision.image
 
 
 @pytest.mark.parametrize("choice", REFERENCES)

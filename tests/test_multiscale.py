@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from factories_models import CLIP_SHAPE
+from factories_vision import composed
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from morebench.config.compose import compose_config, load_shape
+from morebench.config.compose import load_shape
 from morebench.models.multiscale import MultiScale
 from morebench.models.parts import build_encoder
 from morebench.models.vision import OpenClipEncoder, TimmEncoder, TransformersEncoder
@@ -89,7 +90,7 @@ def test_bf16_resizes_in_fp32(provider: str) -> None:
 @pytest.mark.parametrize(("choice", "native"), [("clip", 140), ("siglip", 146), ("dinov2_reg", 140)])
 def test_the_study_at_true_width_and_patch_size(choice: str, native: int) -> None:
     """One kind of prefix each: class token, none (with 6 pixels to spare, as at 384), class and registers."""
-    config = compose_config([f"vision={choice}", "resolution=s2"]).config
+    config = composed((f"vision={choice}", "resolution=s2")).config
     shape = load_shape(config.vision.shape) | {"image_size": native}
     encoder = config.vision.encoder | {"name": None}
     vision = replace(config.vision, shape=shape, encoder=encoder, feature_layer=-shape["blocks"])
@@ -112,7 +113,7 @@ def test_the_study_at_true_width_and_patch_size(choice: str, native: int) -> Non
     ],
 )
 def test_the_study_has_its_tokens_and_widths(choice: str, pixels: int, tokens: int, width: int) -> None:
-    config = compose_config([f"vision={choice}", "resolution=s2"]).config
+    config = composed((f"vision={choice}", "resolution=s2")).config
     with torch.device("meta"), torch.no_grad():
         multiscale = build_encoder(config, None)
         seen: list[torch.Size] = []

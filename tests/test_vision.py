@@ -9,12 +9,12 @@ import open_clip
 import pytest
 import timm
 import torch
-from factories_vision import MODEL_TYPES, as_open_clip, as_timm, patch_features, saved, stock_model
+from factories_vision import MODEL_TYPES, as_open_clip, as_timm, composed, patch_features, saved, stock_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, CLIPConfig, CLIPModel, ViTForImageClassification
 
-from morebench.config.compose import build, compose_config, load_shape
+from morebench.config.compose import build, load_shape
 from morebench.errors import ConfigError, WeightsError
 from morebench.models.vision import OpenClipEncoder, TimmEncoder, TransformersEncoder
 
@@ -67,7 +67,7 @@ def test_the_encoders_of_the_study_at_their_own_size(
     choice: str, tokens: int, width: int, tmp_path: Path
 ) -> None:
     """True width, input size and choice; two blocks of the depth (benchmarks/vision_parity.py takes all)."""
-    vision = compose_config([f"vision={choice}"]).config.vision
+    vision = composed((f"vision={choice}",)).config.vision
     shape = load_shape(vision.shape)
     model = stock_model(MODEL_TYPES[choice], shape | {"blocks": BLOCKS})
     state = (as_open_clip if choice == "clip" else as_timm)(model)
@@ -86,7 +86,7 @@ def test_the_encoders_of_the_study_at_their_own_size(
 
 @pytest.mark.parametrize("choice", list(MODEL_TYPES))
 def test_nothing_is_built_that_is_not_read(choice: str) -> None:
-    vision = compose_config([f"vision={choice}"]).config.vision
+    vision = composed((f"vision={choice}",)).config.vision
     shape = load_shape(vision.shape)
     with torch.device("meta"):
         encoder = build(vision.encoder, shape=shape, weights=None, feature_layer=vision.feature_layer)
@@ -216,7 +216,7 @@ def test_open_clip_s_own_whole_clip(tmp_path: Path) -> None:
 def test_timm_s_own_whole_models(choice: str, tmp_path: Path) -> None:
     """Named as in conf/vision, with their heads."""
     shape = SHAPES[MODEL_TYPES[choice]]
-    name = compose_config([f"vision={choice}"]).config.vision.encoder["name"]
+    name = composed((f"vision={choice}",)).config.vision.encoder["name"]
     torch.manual_seed(0)
     sizes = {"embed_dim": 32, "depth": BLOCKS, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
     sizes["norm_layer"] = partial(nn.LayerNorm, eps=1e-6)
@@ -373,7 +373,7 @@ def test_a_layer_that_the_encoder_has_not(layer: int) -> None:
 def test_the_layer_of_a_choice_reaches_its_encoder() -> None:
     from morebench.models.parts import build_encoder
 
-    config = compose_config(["vision=clip_tiny"]).config
+    config = composed(("vision=clip_tiny",)).config
     for layer in (-1, -2, -4):
         vision = replace(config.vision, feature_layer=layer)
         encoder = build_encoder(replace(config, vision=vision), None)

@@ -4,13 +4,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
+from factories_vision import composed
 
 from morebench.config.assemble import assemble
-from morebench.config.compose import compose_config, load_shape
+from morebench.config.compose import load_shape
 from morebench.config.visual import built_blocks, scales_of_pixels, vision_problems
 from morebench.errors import ConfigError
 from morebench.matrix.cell import cell_of
@@ -19,9 +19,6 @@ from morebench.models.parts import build_encoder
 
 TARGET = "vision.encoder._target_"
 SHAPE = load_shape("vision/siglip_tiny.json")
-
-
-composed = cache(compose_config)
 
 
 def problems(
@@ -102,6 +99,8 @@ def test_recipes_name_a_provider(override: str, sentence: str) -> None:
         ({"blocks": 0}, "blocks must be a whole number above 0, found 0"),
         ({"width": "128"}, "width must be a whole number above 0, found '128'"),
         ({"patch_size": 57}, "patch_size=57, image_size=56"),
+        ({"prefix_tokens": -1}, "prefix_tokens must be a whole number, found -1"),
+        ({"norm_eps": "1e-5"}, "norm_eps must be a number above 0, found '1e-5'"),
         ({"activation": "relu"}, "one of quick_gelu, gelu, gelu_tanh; found relu"),
         ({"pretrain_image_size": 28}, "position_antialias"),
     ],
@@ -132,7 +131,7 @@ def test_a_plan_refuses_all_at_once_and_reads_each_cell_whole() -> None:
 
 
 def test_building_refuses_too() -> None:
-    config = compose_config(["vision=clip_tiny", "resolution.scales=[]", "vision.feature_layer=0"]).config
+    config = composed(("vision=clip_tiny", "resolution.scales=[]", "vision.feature_layer=0")).config
     with pytest.raises(ConfigError, match=r"feature_layer=0(.|\n)*scales=\[\]"):
         build_encoder(config, None)
 

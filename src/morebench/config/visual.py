@@ -77,6 +77,10 @@ def _shape_problems(shape: Mapping[str, Any]) -> Iterator[str]:
         if type(shape[key]) is not int or shape[key] < 1:
             yield f"vision.shape: {key} must be a whole number above 0, found {shape[key]!r}."
             return
+    if type(shape["prefix_tokens"]) is not int or shape["prefix_tokens"] < 0:
+        yield f"vision.shape: prefix_tokens must be a whole number, found {shape['prefix_tokens']!r}."
+    if not isinstance(shape["norm_eps"], float) or shape["norm_eps"] <= 0:
+        yield f"vision.shape: norm_eps must be a number above 0, found {shape['norm_eps']!r}."
     if shape["width"] % shape["heads"]:
         yield f"vision.shape: width={shape['width']} is no multiple of heads={shape['heads']}."
     if shape["patch_size"] > shape["image_size"]:
