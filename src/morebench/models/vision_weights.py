@@ -72,7 +72,7 @@ def load_encoder(
     problems = [
         f"{key}: both in {paths[0].name} and in {paths[1].name}"
         for key, paths in files.items()
-        if len(paths) > 1 and key.removeprefix(tower) in wanted
+        if len(paths) > 1 and key.startswith(tower) and key.removeprefix(tower) in wanted
     ]
     problems += block_count_problems(present, re.escape(layout.blocks), num_blocks)
     state = {}
