@@ -73,7 +73,7 @@ def tokenizer_for(
 def _byte_level(
     special: list[AddedToken], not_special: list[AddedToken], merges: bool, **roles: str
 ) -> PreTrainedTokenizerFast:
-    pairs = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ġ", "a"), ("o", "n"), ("ĊĊ", "Ċ")] if merges else []
+    pairs = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ġ", "a"), ("Ġ", "U"), ("o", "n"), ("ĊĊ", "Ċ")] if merges else []
     alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, pairs)]
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -94,7 +94,7 @@ def _byte_level(
 def _metaspace(swallows: dict[str, bool], merges: bool, prefix: str) -> PreTrainedTokenizerFast:
     """Vicuna's: bytes stand in for unknown characters."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    pairs = [("▁", "▁"), ("▁", "a"), ("o", "n"), ("▁", "A"), ("▁A", "S")] if merges else []
+    pairs = [("▁", "▁"), ("▁", "a"), ("▁", "U"), ("o", "n"), ("▁", "A"), ("▁A", "S")] if merges else []
     letters = ["▁", *map(chr, range(33, 127)), *map("".join, pairs)]
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *byte_tokens, *letters])}
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs, unk_token="<unk>", byte_fallback=True))

@@ -188,7 +188,7 @@ TOKENIZERS += [("plain", stem, "prepend") for stem in ("gemma_2", "v1")] + [("pl
 @pytest.mark.parametrize("swallows", ["", "right", "both"])
 @pytest.mark.parametrize(("stem", "family", "prefix"), TOKENIZERS)
 @given(data=st.data(), merges=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_ids_are_those_of_the_whole_rendered_text(
     stem: str, family: str, prefix: str, swallows: str, data: st.DataObject, merges: bool
 ) -> None:

@@ -120,8 +120,6 @@ class TextTokenizer:
                 # a {bos} is no part of the chunk: in the published computation the tokenizer writes it
                 chunk_starts, after_text = piece is None or piece.token == BOS, False
                 continue
-            if not piece.text:
-                continue  # what follows stands where it stood
             for part in self._defuse(piece.text, control_ids):
                 prefixed = chunk_starts or (self._always and not after_text)
                 texts[prefixed].append(part)
@@ -146,7 +144,8 @@ class TextTokenizer:
     def _defuse(self, text: str, control_tokens: Collection[str]) -> list[str]:
         """Cuts a literal control token in the text apart, where `split_special_tokens` does not.
 
-        That leaves alone what a tokenizer adds without calling it special, as DeepSeek's role marks.
+        That leaves alone what a tokenizer adds without calling it special, as DeepSeek's role marks. An empty
+        text has no parts.
         """
         cuts = {0, len(text)}
         for token in control_tokens:
