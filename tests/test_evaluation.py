@@ -21,6 +21,7 @@ from morebench.evaluation.generate import Answer
 from morebench.evaluation.predictions import PredictionsFile
 from morebench.evaluation.records import open_task
 from morebench.evaluation.run import evaluate, seen
+from morebench.models import rope
 from morebench.models.parts import build_mllm, save_parts
 from morebench.models.weights import starting_weights
 from morebench.reporting.results import scored_items
@@ -250,6 +251,24 @@ def test_user_mistakes_are_found_before_anything_is_written(cell: Cell, tmp_path
         config = replace(config, paths=replace(config.paths, data=str(tmp_path)))
     with pytest.raises(expected):
         evaluate(config, tmp_path, tmp_path if broken == "weights" else parent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chat_format_of_another_family_is_found_before_an_item_is_asked(cell: Cell, tmp_path: Path) -> None:
+    config, parent = cell
+    other = replace(config, llm=replace(config.llm, chat_format="chatml"))
+    with pytest.raises(ConfigError, match=r"'<\|im_start\|>', '<\|im_end\|>', '<\|endoftext\|>'\. Choose"):
+        evaluate(other, tmp_path, parent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_that_could_cross_a_change_of_rotation_are_refused(
+    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, parent = cell
+    monkeypatch.setattr(rope, "fixed_positions", lambda _: 40)
+    with pytest.raises(DataError, match=r"of 20 prompts .* max_new_tokens=5 may exceed the 40 positions"):
+        evaluate(config, tmp_path, parent)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -227,6 +227,18 @@ def test_unknown_strategy_is_refused(config: Config) -> None:
         make_trainer(with_trainer(config, strategy="magic").trainer, config.stage.pretrain)
 
 
+def test_a_chat_format_of_another_family_is_refused_before_a_sample_is_read(config: Config) -> None:
+    other = replace(config, llm=replace(config.llm, chat_format="chatml"))
+    with pytest.raises(ConfigError, match=r"'<\|im_start\|>', '<\|im_end\|>', '<\|endoftext\|>'\. Choose"):
+        make_stage(other, Step.pretrain, {})
+
+
+def test_samples_may_not_be_longer_than_positions_are_rotated_alike(config: Config) -> None:
+    phi = replace(config, llm=replace(config.llm, shape="llm/phi_tiny.json"))
+    with pytest.raises(ConfigError, match=r"stage\.pretrain\.max_length=1025, but .*embeddings=1024"):
+        make_stage(with_recipe(phi, max_length=1025), Step.pretrain, {})
+
+
 def test_log_is_a_line_at_the_start_and_the_end(
     config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
