@@ -346,7 +346,7 @@ def test_the_familys_chat_layout_uses_single_control_tokens(llm: tuple[str, Path
     expected = {
         "gemma2": ["<end_of_turn>", "<eos>"],
         "phi": ["<|end|>", "<|endoftext|>"],
-        "llama": ["<|eot_id|>"],
+        "llama": ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"],
     }
     assert tokenizer.convert_ids_to_tokens(ends) == expected[family]
 
