@@ -107,10 +107,8 @@ class TextTokenizer:
     ) -> list[tuple[list[int] | None, bool]]:
         """-> for every piece or part of one: its ids (None: an image), and whether it is trained."""
         found: list[tuple[list[int] | None, bool]] = []
-        texts: dict[bool, list[str]] = {
-            True: [],
-            False: [],
-        }  # with the tokenizer's space in front, or without
+        # by whether the tokenizer may put its space in front
+        texts: dict[bool, list[str]] = {True: [], False: []}
         places: dict[bool, list[int]] = {True: [], False: []}
         chunk_starts, after_text = True, False
         for piece in pieces:
@@ -121,7 +119,7 @@ class TextTokenizer:
                 chunk_starts, after_text = piece is None or piece.token == BOS, False
                 continue
             for part in self._defuse(piece.text, control_ids):
-                prefixed = chunk_starts or (self._always and not after_text)
+                prefixed = self._unprefixed is None or chunk_starts or (self._always and not after_text)
                 texts[prefixed].append(part)
                 places[prefixed].append(len(found))
                 found.append(([], piece.trained))
@@ -135,7 +133,7 @@ class TextTokenizer:
         if not texts:
             return []
         # one call for all: the call costs more than the text
-        if prefixed or self._unprefixed is None:
+        if self._unprefixed is None or prefixed:
             return self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
                 "input_ids"
             ]
