@@ -214,6 +214,71 @@ def test_a_config_that_contradicts_the_cell_is_refused(
         assert word in text
 
 
+# What the two releases wrote, as far as it is read; the older one knows neither S2 nor rope_theta.
+RELEASED: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "LLaVA-1.5-7B": (
+        ["llm=vicuna_7b", "vision=clip"],
+        {
+            "intermediate_size": 11008,
+            "max_length": 4096,
+            "max_position_embeddings": 4096,
+            "mm_hidden_size": 1024,
+            "mm_resampler_type": None,
+            "num_key_value_heads": 32,
+            "pretraining_tp": 1,
+            "rope_scaling": None,
+            "vocab_size": 32000,
+        },
+    ),
+    "LLaVA-MORE-8B-SigLIP": (
+        ["llm=llama31_8b", "vision=siglip"],
+        {
+            "intermediate_size": 14336,
+            "max_position_embeddings": 131072,
+            "mm_hidden_size": 1152,
+            "mm_patch_merge_type": "flat",
+            "num_key_value_heads": 8,
+            "rope_scaling": {
+                "factor": 8.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "s2": False,
+            "s2_scales": "336,672,1008",
+            "siglip": True,
+            "tokenizer_model_max_length": 4096,
+            "vocab_size": 128256,
+        },
+    ),
+}
+RELEASED_BOTH = {
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "image_aspect_ratio": "pad",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "model_type": "llava_llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "use_cache": True,
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_config_fits_its_cell(name: str) -> None:
+    cell, own = RELEASED[name]
+    assert config_problems(RELEASED_BOTH | own, compose_config(cell).config, Step.finetune) == []
+
+
 def test_config_and_tensors_are_complained_about_together(tmp_path: Path) -> None:
     published = Published("llama_tiny", "clip_tiny")
     published.config["mm_vision_select_feature"] = "cls_patch"
