@@ -54,7 +54,7 @@ def test_without_weights_shapes_are_checked_and_the_rest_is_named() -> None:
 
 
 def test_small_models_are_computed_even_without_weights() -> None:
-    findings = list(examine(compose_config(["llm=phi_tiny", "vision=siglip_tiny"]).config))
+    findings = list(examine(compose_config(["llm=phi_tiny", "vision=siglip_tiny", "recipe=digits"]).config))
     assert verdicts(findings)[Verdict.failed] == 0
     assert ("pretrain", "packed = apart") in {(f.topic, f.what) for f in findings}
 

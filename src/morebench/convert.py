@@ -94,9 +94,13 @@ def _to_transformers(own: dict[str, Override], rest: Sequence[Override]) -> None
 
     from morebench.matrix.parent import find_run
     from morebench.models.transformers_export import export
+    from morebench.training.files import disk_full_named
 
     run = find_run(own["run"].values[0], Path(compose_config(texts).config.paths.runs))
-    export(run.folder, Path(own["out"].values[0]).expanduser())
+    out = Path(own["out"].values[0]).expanduser()
+    with disk_full_named(out):
+        export(run.folder, out)
+    print(f"written: {out}, see its README.md", file=sys.stderr)
 
 
 def _unexpected(own: dict[str, Override], wanted: set[str]) -> list[str]:

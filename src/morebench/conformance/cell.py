@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from morebench.config.schema import Config, Part, Step
-from morebench.conformance.findings import Finding, failed, shown, skipped, until_error
+from morebench.conformance.findings import Finding, failed, judged, shown, skipped, until_error
 from morebench.conformance.image import examine_image, examine_published, probe_image, processor_of
 from morebench.conformance.model import (
     Built,
@@ -27,6 +27,7 @@ from morebench.models.flops import llm_shape, sample_flops, sizes
 from morebench.models.llm import load_tokenizer
 from morebench.models.memory import is_counted, memory
 from morebench.models.mllm import MLLM
+from morebench.models.rope import check_max_length
 from morebench.models.weights import absence, locate
 from morebench.training.stage import recipe_of
 
@@ -65,6 +66,7 @@ def examine(config: Config) -> Iterator[Finding]:
             yield from until_error(f"{step.name} text", "all", examine_text)
     yield from until_error("sizes", "all", partial(examine_sizes, config, on_meta))
     for step in TRAIN_STEPS:
+        yield from until_error(step.name, "positions", partial(_examine_positions, config, step))
         examine_pixels = partial(examine_image, config, step, on_meta.vision.image_size)
         yield from until_error(step.name, "image", examine_pixels)
     if Part.vision in present:
@@ -72,6 +74,16 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from until_error("model", "run", partial(_examine_run, config, present, on_meta, tokenizer))
     for step in TRAIN_STEPS:
         yield from until_error(step.name, "cost", partial(_price, config, step))
+
+
+def _examine_positions(config: Config, step: Step) -> Iterator[Finding]:
+    length = recipe_of(config, step)[0].max_length
+    check_max_length(config.llm, length, f"stage.{step.name}.max_length")
+    made_for = llm_shape(config).get("max_position_embeddings")
+    if made_for is not None and length > made_for:
+        yield shown(step.name, "positions", f"max_length={length}, the LLM was made for {made_for}")
+    else:
+        yield judged(step.name, "positions", True, f"max_length={length} of {made_for or 'any number of'}")
 
 
 def _examine_run(

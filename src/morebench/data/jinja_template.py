@@ -44,7 +44,8 @@ _TEMPLATE = """\
 {%- if num_images == 1 -%}
 {%- set said.text = ({image} + '\\n' + (said.text | replace({image}, '') | trim)) | trim -%}
 {%- endif -%}
-{trim}{{- ({question}) | replace({image}, {image} + {space}) | replace({image} + {space} + ' ', {image} + ' ') -}}
+{trim}{%- set asked = ({question}) | replace({image}, {image} + {space}) -%}
+{{- asked | replace({image} + {space} + ' ', {image} + ' ') -}}
 {%- else -%}
 {%- if num_images -%}
 {{- raise_exception('An answer cannot hold an image.') -}}

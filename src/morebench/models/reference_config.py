@@ -1,12 +1,11 @@
 """config.json of a published LLaVA-style checkpoint, held against a cell.
 
 Its keys are those of LLaVA-1.5 (`mm_*`, `image_aspect_ratio`, ...) and of LLaVA-MORE (`s2`, `s2_scales`,
-`siglip`) on top of the LLM's own. What a checkpoint leaves out means what LLaVA's
-loader takes for it.
+`siglip`) on top of the LLM's own. What a checkpoint leaves out means what LLaVA's loader takes for it.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import AutoConfig
 
 from morebench.config.compose import compose_config, load_shape, options
 from morebench.config.schema import Config, Step
+from morebench.config.visual import scales_of_pixels
 from morebench.errors import ConfigError
 from morebench.models.llm import llm_config, shape_differences
 
@@ -50,13 +50,6 @@ def llm_fields(raw: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, An
         fields.pop(key, None)
     tied = raw.get("tie_word_embeddings", shape.get("tie_word_embeddings", False))
     return fields | {"model_type": model_type, "tie_word_embeddings": tied}
-
-
-def scales_of_pixels(pixels: Sequence[int], image_size: int) -> list[int]:
-    """Multiples of the encoder's input size, e.g. 336, 672, 1008 at 336 -> 1, 2, 3. Raises ConfigError."""
-    if wrong := [size for size in pixels if size % image_size or size <= 0]:
-        raise ConfigError(f"{wrong} are no multiples of the encoder's {image_size} pixels.")
-    return sorted(size // image_size for size in pixels)
 
 
 def _llm_problems(raw: Mapping[str, Any], config: Config) -> list[str]:
