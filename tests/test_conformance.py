@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from morebench.check import command
 from morebench.config.compose import compose_config
-from morebench.config.schema import Config
+from morebench.config.schema import Config, VisualScale
 from morebench.conformance.cell import examine
 from morebench.conformance.findings import Finding, Verdict
 from morebench.errors import ConfigError
@@ -89,6 +89,16 @@ def test_a_chat_format_of_another_family_fails(tmp_path: Path) -> None:
     config = make_cell(tmp_path)
     wrong = replace(config, llm=replace(config.llm, chat_format="phi_4"))
     assert any("<|system|>" in text for text in failures(wrong).values())
+
+
+@pytest.mark.parametrize(
+    ("family", "scale"), [("gemma2", VisualScale.one), ("llama", VisualScale.sqrt_hidden)]
+)
+def test_visual_tokens_scaled_otherwise_than_text_fail(
+    family: str, scale: VisualScale, tmp_path: Path
+) -> None:
+    config = make_cell(tmp_path, family)
+    assert list(failures(replace(config, llm=replace(config.llm, visual_scale=scale)))) == ["LLM: scale"]
 
 
 def test_a_missing_pad_token_fails(tmp_path: Path) -> None:

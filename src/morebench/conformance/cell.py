@@ -16,6 +16,7 @@ from morebench.conformance.model import (
     build_for_real,
     build_on_meta,
     examine_attention,
+    examine_scale,
     examine_sizes,
     examine_step,
 )
@@ -93,6 +94,7 @@ def _examine_run(
     yield shown("model", "computed with", built.origin)
     if not built.is_meta:
         text_only = _batches(config, Step.finetune, built, tokenizer)[1]
+        yield from examine_scale(built, text_only)
         yield from examine_attention(built, text_only)
     for step in TRAIN_STEPS:
         batches = _batches(config, step, built, tokenizer)

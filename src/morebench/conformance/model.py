@@ -145,6 +145,21 @@ def examine_step(
 
 
 @torch.no_grad()
+def examine_scale(built: Built, batch: Batch) -> Iterator[Finding]:
+    """Gemma multiplies its token embeddings; visual tokens must be multiplied alike."""
+    embeddings: Any = built.mllm.llm.get_input_embeddings()
+    given, stored = embeddings(batch.input_ids).float(), embeddings.weight[batch.input_ids].float()
+    text, visual = (given.norm() / stored.norm()).item(), built.mllm.visual_scale
+    yield judged(
+        "LLM",
+        "scale",
+        abs(visual / text - 1) < 0.01,  # bf16 rounds the factor
+        f"token embeddings times {text:.4g}, visual tokens times {visual:.4g}",
+        "the same: llm.visual_scale is one or sqrt_hidden",
+    )
+
+
+@torch.no_grad()
 def examine_attention(built: Built, batch: Batch) -> Iterator[Finding]:
     """Our packed attention against the LLM's own, on the text of one sample."""
     llm: Any = built.mllm.eval().llm

@@ -45,7 +45,11 @@ def load_llm(config: LLM, folder: Path | None, dtype: torch.dtype) -> PreTrained
         return _without_padding(
             AutoModelForCausalLM.from_config(expected, dtype=dtype, attn_implementation=VARLEN)
         )
-    check_config(load_shape(config.shape), folder, config.shape)
+    check_config(
+        load_shape(config.shape),
+        folder,
+        f"conf/shapes/{config.shape}" if isinstance(config.shape, str) else "llm.shape",
+    )
     if not any(folder.glob("*.safetensors")):
         raise WeightsError(
             f"{folder} has no *.safetensors file. Only safetensors are read; convert it first."
@@ -66,13 +70,16 @@ def _without_padding(llm: PreTrainedModel) -> PreTrainedModel:
     return llm
 
 
-def check_config(shape: Mapping[str, Any], folder: Path, name: str) -> None:
-    """Raise one WeightsError that lists every field of `shape` that `folder`/config.json contradicts."""
+def check_config(shape: Mapping[str, Any], folder: Path, where: str) -> None:
+    """Raise one WeightsError that lists every field of `shape` that `folder`/config.json contradicts.
+
+    `where` says where the shape stands.
+    """
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} has no config.json, so it is not a folder of transformers weights.")
     found = AutoConfig.from_pretrained(folder, local_files_only=True)
     problems = [
-        f"{field}: conf/shapes/{name} says {wanted}, {folder / 'config.json'} says {got}"
+        f"{field}: {where} says {wanted}, {folder / 'config.json'} says {got}"
         for field, wanted, got in shape_differences(shape, found)
     ]
     if problems:
