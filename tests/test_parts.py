@@ -67,6 +67,12 @@ def test_a_tied_head_is_saved_once(tmp_path: Path) -> None:
     assert mllm.llm.lm_head.weight.count_nonzero() > 0
 
 
+def test_parts_are_as_readable_as_any_file(tmp_path: Path) -> None:
+    (path,) = save_parts(built(tiny_config(tmp_path)), [Part.projector], tmp_path)
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_an_untied_head_is_saved(tmp_path: Path) -> None:
     (path,) = save_parts(built(tiny_config(tmp_path, "llama")), [Part.llm], tmp_path)
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= load_file(path).keys()

@@ -196,6 +196,7 @@ def test_the_folder(case: Case) -> None:
         "chat_template.jinja",
     } <= names
     assert {path.suffix for path in case.folder.iterdir()} <= {".json", ".safetensors", ".md", ".jinja"}
+    assert len({path.stat().st_mode for path in case.folder.iterdir()}) == 1
     with safe_open(case.folder / "model.safetensors", "pt") as file:
         heads = [key for key in file.keys() if "lm_head" in key]  # noqa: SIM118
     tied = case.ours.mllm.llm.config.tie_word_embeddings

@@ -99,7 +99,10 @@ def save_parts(mllm: MLLM, parts: Collection[Part], folder: Path) -> list[Path]:
 def save_tensors(state: dict[str, Tensor], path: Path) -> None:
     """Aside first, then to the disk, then renamed. Mapped tensors go from file to file, not into memory."""
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside.touch()
+    mode = aside.stat().st_mode
     save_file(state, aside, metadata={"format": "pt"})
+    aside.chmod(mode)  # safetensors writes for the owner alone, and the users of a cluster share runs
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     aside.replace(path)

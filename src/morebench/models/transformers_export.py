@@ -56,7 +56,10 @@ def export(run: Path, folder: Path) -> None:
         made = _make(config, run)
         made.model.save_pretrained(draft)
         made.processor.save_pretrained(draft)
-        (draft / "README.md").write_text(made.readme)
+        readme = draft / "README.md"
+        readme.write_text(made.readme)
+        for file in draft.glob("*.safetensors"):
+            shutil.copymode(readme, file)  # safetensors writes for the owner alone
 
 
 def _read_run(run: Path) -> Config:
