@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from factories_vision import stock_model
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -46,7 +45,7 @@ class Published:
         self.llm: PreTrainedModel = AutoModelForCausalLM.from_config(
             llm_config(self.shape | ids), dtype=torch.float32, attn_implementation=VARLEN
         )
-        self.tower = make_tower(TOWER_TYPES[vision], self.vision_shape)
+        self.tower = stock_model(TOWER_TYPES[vision], self.vision_shape)
         width = self.vision_shape["width"] * num_scales
         self.projector = MLPProjector(width, self.shape["hidden_size"], depth=2)
         self.visual_scale = self.shape["hidden_size"] ** 0.5 if llm == "gemma2_tiny" else 1.0
@@ -133,23 +132,6 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(content, path, metadata={"format": "pt"})
     else:
         torch.save(content, path)
-
-
-def make_tower(model_type: str, shape: Mapping[str, Any]) -> PreTrainedModel:
-    """All blocks, the final norm and the head, as the study saved them."""
-    config = AutoConfig.for_model(
-        model_type,
-        image_size=shape["image_size"],
-        patch_size=shape["patch_size"],
-        hidden_size=shape["width"],
-        num_hidden_layers=shape["blocks"],
-        num_attention_heads=shape["heads"],
-        intermediate_size=shape["mlp_dim"],
-        mlp_ratio=shape["mlp_dim"] // shape["width"],
-        hidden_act="gelu_pytorch_tanh" if shape["activation"] == "gelu_tanh" else shape["activation"],
-        layer_norm_eps=shape["norm_eps"],
-    )
-    return AutoModel.from_config(config, dtype=torch.float32).eval()
 
 
 def make_tokenizer(llm: str) -> PreTrainedTokenizerFast:

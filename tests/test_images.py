@@ -1,7 +1,6 @@
 """Bit equality with the image processors the study used, and refusal of files nobody can use."""
 
 from contextlib import suppress
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ def test_files_of_every_kind_as_the_study_read_them(choice: str, files: dict[str
 def test_s2_reads_images_at_the_largest_scale(choice: str, files: dict[str, Path]):
     image_size, wanted = REFERENCES[choice][2], processing(choice)
     for aspect_ratio in AspectRatio:
-        ours = ImageProcessor(replace(wanted, resize_to=3 * wanted.resize_to), 3 * image_size, aspect_ratio)
+        ours = ImageProcessor(wanted, 3 * image_size, aspect_ratio, scale=3)
         pixels = ours(load_image(files["rgb.jpg"]))
         assert pixels.shape == (3, 3 * image_size, 3 * image_size)
         np.testing.assert_array_equal(pixels, as_the_study(choice, files["rgb.jpg"], aspect_ratio, scale=3))

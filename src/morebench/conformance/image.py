@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from morebench.training.stage import recipe_of
 
 
 def processor_of(config: Config, step: Step, image_size: int) -> ImageProcessor:
-    image = config.vision.image
-    scaled = replace(image, resize_to=image.resize_to * max(config.resolution.scales))
-    return ImageProcessor(scaled, image_size, recipe_of(config, step)[0].image_aspect_ratio)
+    aspect_ratio = recipe_of(config, step)[0].image_aspect_ratio
+    return ImageProcessor(config.vision.image, image_size, aspect_ratio, max(config.resolution.scales))
 
 
 def probe_image() -> Image.Image:

@@ -1,5 +1,6 @@
 """From an image file to the numbers a vision encoder takes, as the study's image processors computed them."""
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -73,8 +74,14 @@ def mean_colour(processing: ImageProcessing) -> tuple[int, int, int]:
 class ImageProcessor:
     """Padding, resizing, cropping and normalising; PIL's resizing, on 8-bit values."""
 
-    def __init__(self, processing: ImageProcessing, image_size: int, aspect_ratio: AspectRatio) -> None:
-        """`image_size` is what the encoder takes; `resize_to` must suit it, so both grow under S2."""
+    def __init__(
+        self, processing: ImageProcessing, image_size: int, aspect_ratio: AspectRatio, scale: int = 1
+    ) -> None:
+        """`image_size` is what the encoder takes: under S2 `scale` times its native size.
+
+        `processing.resize_to` is for the native size. Raises ConfigError if the two do not fit.
+        """
+        processing = replace(processing, resize_to=processing.resize_to * scale)
         size = processing.resize_to
         if size < image_size or (processing.resize is Resize.squash and size != image_size):
             raise ConfigError(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +113,16 @@ def _load(config: Config, parent: Path) -> _Model:
         load_part(mllm, part, parent / f"{part.name}.safetensors")
     on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     mllm.eval().to("cuda" if on_gpu else "cpu")
-    image = config.vision.image
-    scaled = replace(image, resize_to=image.resize_to * max(config.resolution.scales))
     return _Model(
         mllm,
         tokenizer,
         chat,
-        ImageProcessor(scaled, mllm.vision.image_size, config.stage.evaluate.image_aspect_ratio),
+        ImageProcessor(
+            config.vision.image,
+            mllm.vision.image_size,
+            config.stage.evaluate.image_aspect_ratio,
+            max(config.resolution.scales),
+        ),
         config.trainer.evaluate_batch_size,
         config.llm,
     )

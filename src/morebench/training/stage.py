@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,16 @@ class Stage:
         return BatchPlan(self.index, **self._order(), world_size=world_size, micro_batches=micro_batches)
 
     def dataset(self, plan: BatchPlan, rank: int) -> MicroBatches:
-        vision, largest = self.config.vision.image, max(self.config.resolution.scales)
         return MicroBatches(
             data=self.data,
             plan=plan,
             chat=self.chat,
             tokenizer=self.tokenizer,
             processor=ImageProcessor(
-                replace(vision, resize_to=vision.resize_to * largest),
+                self.config.vision.image,
                 self.mllm.vision.image_size,
                 self.recipe.image_aspect_ratio,
+                max(self.config.resolution.scales),
             ),
             num_visual_tokens=self.mllm.vision.num_visual_tokens,
             max_length=self.recipe.max_length,
