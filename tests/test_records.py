@@ -5,8 +5,13 @@ from typing import Any
 import pytest
 from factories_data import record
 
-from morebench.data.records import Turn, parse_record, read_records
+from morebench.data.records import Turn, parse_record
+from morebench.data.store import RecordStore, open_records
 from morebench.errors import EXIT_USER, DataError
+
+
+def read_records(path: Path) -> RecordStore:
+    return open_records(path, path.parent / "cache")
 
 
 def human(text: str) -> dict[str, str]:
@@ -104,9 +109,13 @@ def test_all_bad_records_are_reported_at_once(tmp_path: Path):
     ("content", "reason"),
     [
         ("[]", "list of records is empty"),
-        ("", "not valid JSON"),
+        ("", "expected a JSON list of records, found the end of the file"),
         ('[{"id": 1', "not valid JSON"),
-        ('{"id": 1}', "found dict"),
+        ('{"id": 1}', "found an object"),
+        ('[{"id": 1} {', "a comma or the end of the list, found an object at byte 11"),
+        ("[1] x", "something follows the end of the list: 'x' at byte 4"),
+        ("[1,]", "Expecting value at byte 3"),
+        (f"[{'[' * 100_000}", "nested too deeply at byte 1"),
         (b"\xff\xfe[", "UTF-8"),
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from morebench.config.schema import ImagePolicy, Paths, TrainingData
 from morebench.data.images import decode_image, resolve_inside
-from morebench.data.records import Sample, parse_records, read_bytes
+from morebench.data.store import RecordStore, open_records
 from morebench.errors import DataError, join_problems
 
 MANIFEST_VERSION = 1
@@ -31,7 +31,7 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class CheckedData:
-    samples: list[Sample]  # without the quarantined ones
+    samples: RecordStore  # without the quarantined ones
     images_root: Path
     content_hash: str  # records, images and what is quarantined; not where they lie
     num_records: int
@@ -53,8 +53,7 @@ def open_data(data: TrainingData, paths: Paths, policy: ImagePolicy) -> CheckedD
     folder = Path(paths.data) / data.folder
     _check_folder(folder, data)
     records_path, images_root = folder / data.records, folder / data.images
-    content = read_bytes(records_path)
-    samples = parse_records(content, records_path)
+    samples = open_records(records_path, Path(paths.cache))
     if data.num_samples is not None and len(samples) != data.num_samples:
         raise DataError(
             f"{records_path}: {len(samples)} records; {data.label} has {data.num_samples}. "
@@ -80,9 +79,9 @@ def open_data(data: TrainingData, paths: Paths, policy: ImagePolicy) -> CheckedD
             f"{records_path}: all samples are quarantined; no image in {images_root} can be used."
         )
     return CheckedData(
-        samples=[sample for number, sample in enumerate(samples) if number not in bad],
+        samples=samples.without(list(bad)) if bad else samples,
         images_root=images_root,
-        content_hash=_content_hash(content, found, bad),
+        content_hash=_content_hash(samples.sha256, found, bad),
         num_records=len(samples),
         quarantined=tuple(bad.values()),
     )
@@ -108,9 +107,9 @@ def _check_folder(folder: Path, data: TrainingData) -> None:
         raise DataError(f"{folder}: the folder is empty; {wanted}. {mend}.")
 
 
-def _image_names(samples: Sequence[Sample], root: Path, records_path: Path) -> list[str]:
+def _image_names(samples: RecordStore, root: Path, records_path: Path) -> list[str]:
     """Each image once, in the order of the records; none outside `root`."""
-    names = dict.fromkeys(image for sample in samples for image in sample.images)
+    names = samples.image_names()
     problems = {}
     for name in names:
         try:
@@ -120,13 +119,13 @@ def _image_names(samples: Sequence[Sample], root: Path, records_path: Path) -> l
     if problems:
         raise DataError(
             join_problems(
-                f"{records_path}: record {number} (id {sample.id!r}): {problems[image]}"
-                for number, sample in enumerate(samples)
-                for image in sample.images
+                f"{records_path}: record {number} (id {samples[number].id!r}): {problems[image]}"
+                for number in samples.rows_with_image(list(problems))
+                for image in samples[number].images
                 if image in problems
             )
         )
-    return list(names)
+    return names
 
 
 def _look_at(names: Sequence[str], root: Path, known: dict[str, _Image]) -> dict[str, _Image]:
@@ -156,16 +155,15 @@ def _look(path: Path, known: _Image | None) -> _Image:
     return _Image(stat.st_size, stat.st_mtime_ns, digest, None)
 
 
-def _bad_samples(samples: Sequence[Sample], found: dict[str, _Image]) -> dict[int, Quarantined]:
+def _bad_samples(samples: RecordStore, found: dict[str, _Image]) -> dict[int, Quarantined]:
     """By the number of the sample; ids repeat in published data."""
     problems = {name: image.problem for name, image in found.items() if image.problem is not None}
-    if not problems:
-        return {}
-    return {
-        number: Quarantined(sample.id, name, problems[name])
-        for number, sample in enumerate(samples)
-        if (name := next((name for name in sample.images if name in problems), None)) is not None
-    }
+    bad = {}
+    for number in samples.rows_with_image(list(problems)):
+        sample = samples[number]
+        name = next(name for name in sample.images if name in problems)
+        bad[number] = Quarantined(sample.id, name, problems[name])
+    return bad
 
 
 def _bad_images_error(
@@ -182,8 +180,8 @@ def _bad_images_error(
     return DataError(f"{head}\n{join_problems(lines)}")
 
 
-def _content_hash(content: bytes, found: dict[str, _Image], bad: Iterable[int]) -> str:
-    digest = sha256(sha256(content).digest())
+def _content_hash(records_sha256: str, found: dict[str, _Image], bad: Iterable[int]) -> str:
+    digest = sha256(bytes.fromhex(records_sha256))
     for name, image in found.items():
         digest.update(f"{name}\0{image.sha256}\n".encode())
     digest.update(json.dumps(list(bad)).encode())

@@ -1,12 +1,12 @@
 """The LLaVA record format: a JSON list of `{"id", "image"?, "conversations": [{"from", "value"}, ...]}`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
-from morebench.errors import DataError, join_problems
+from morebench.data.stream import Readable, stream_list
+from morebench.errors import DataError
 
 IMAGE_TOKEN = "<image>"
 ROLES = ("human", "gpt")
@@ -25,34 +25,16 @@ class Sample:
     turns: tuple[Turn, ...]
 
 
-def read_records(path: Path) -> list[Sample]:
-    """Raises one DataError that lists every bad record."""
-    return parse_records(read_bytes(path), path)
-
-
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such records file; expected a JSON list of records there.") from None
-    except OSError as error:
-        raise DataError(f"{path}: the records file cannot be read: {error.strerror or error}.") from None
-
-
-def parse_records(content: bytes, path: Path) -> list[Sample]:
-    records = _load_json_list(content, path)
-    samples, problems = [], []
-    for index, raw in enumerate(records):
+def iter_records(file: Readable, path: Path) -> Iterator[Sample | DataError]:
+    """One record after the other: parsed, or what is wrong with it. Raises DataError for what is no list."""
+    for index, element in enumerate(stream_list(file, path)):
+        where = f"{path}: record {index}"
         try:
-            samples.append(parse_record(raw, f"{path}: record {index}"))
+            if element.problem is not None:
+                raise DataError(f"{where}: {element.problem}.")
+            yield parse_record(element.value, where)
         except DataError as error:
-            problems.append(str(error))
-    if len(problems) == 1:
-        raise DataError(problems[0])
-    if problems:
-        head = f"{len(problems)} of {len(records)} records in {path} cannot be used:"
-        raise DataError(f"{head}\n{join_problems(problems)}")
-    return samples
+            yield DataError(f"{error} (byte {element.offset})")
 
 
 def parse_record(raw: object, where: str) -> Sample:
@@ -72,20 +54,6 @@ def parse_record(raw: object, where: str) -> Sample:
             f"write one {IMAGE_TOKEN} per image into the human turns."
         )
     return Sample(str(record_id), images, turns)
-
-
-def _load_json_list(content: bytes, path: Path) -> list[Any]:
-    try:
-        records = loads(content)
-    except JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON: {error}; expected a list of records.") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON text in UTF-8: {error}.") from None
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a JSON list of records, found {type(records).__name__}.")
-    if not records:
-        raise DataError(f"{path}: the list of records is empty; expected at least one.")
-    return records
 
 
 def _parse_images(raw: Mapping[Any, Any], where: str) -> tuple[str, ...]:
@@ -134,8 +102,11 @@ def _parse_turns(raw: Mapping[Any, Any], where: str) -> tuple[Turn, ...]:
 def _check_text(text: str, where: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # "\ud83d" alone is valid JSON but no tokenizer takes it
-        raise DataError(f"{where}: half a surrogate pair at character {error.start}.") from None
+    except UnicodeEncodeError as error:
+        # the stream writes byte 0xXY that is no UTF-8 as U+DCXY; "\ud83d" alone is valid JSON but no text
+        is_byte = 0xDC80 <= ord(text[error.start]) <= 0xDCFF
+        what = "a byte that is no UTF-8" if is_byte else "half a surrogate pair"
+        raise DataError(f"{where}: {what} at character {error.start}.") from None
 
 
 def _found(raw: Mapping[Any, Any], key: str) -> str:

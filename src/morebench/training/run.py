@@ -125,7 +125,7 @@ def _fit(
         num_steps=plan.num_steps,
         first_step=first_step,
         loss_factor=loss_factor(trainer),
-        sample_names=[sample.id for sample in stage.data.samples],
+        sample_names=stage.data.samples.ids(),
         stop=stop,
         optimizer_state=checkpoint.load("optimizer") if checkpoint is not None else None,
     )
