@@ -9,6 +9,7 @@ import torch
 from factories_data import chat_format, paths_below, record, tokenizer_for, toy_data, write_data
 
 from morebench.config.schema import AspectRatio, ImagePolicy, ImageProcessing, Interpolation, Order, Resize
+from morebench.data import index
 from morebench.data.batch import Batch, collate
 from morebench.data.chat import ChatFormat, Encoded
 from morebench.data.check import CheckedData, open_data
@@ -220,6 +221,18 @@ def test_the_index_is_kept_for_what_it_was_measured_on(tmp_path: Path):
     llama = {"chat": chat_format("llama_3_1"), "tokenizer": tokenizer_for("llama_3_1"), "max_length": 999}
     index_of(data, tmp_path, **llama)
     assert len(list((tmp_path / "cache" / "lengths").iterdir())) == 5
+
+
+def test_the_index_is_the_same_from_many_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = write(tmp_path)
+    alone = index_of(data, tmp_path / "a")
+    monkeypatch.setattr(index, "_PARALLEL_FROM", 1)
+    monkeypatch.setattr(index, "_CHUNK", 5)
+    together = index_of(data, tmp_path / "b", cache=tmp_path / "b")
+    for one, other in zip(vars(alone).values(), vars(together).values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(DataError, match="sample 0: record id 'r0': its visual tokens"):
+        index_of(data, tmp_path / "c", cache=tmp_path / "c", max_length=10)
 
 
 def test_cut_samples_are_counted(tmp_path: Path):

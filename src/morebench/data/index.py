@@ -1,21 +1,26 @@
 """Token counts of every sample: what packing needs to know before the first batch is read."""
 
+import multiprocessing
 import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
-from zipfile import BadZipFile
 
 import numpy as np
 
 from morebench.data.chat import ChatFormat
 from morebench.data.records import Sample
 from morebench.errors import DataError, join_problems
+from morebench.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
+
+_CHUNK = 1024  # samples
+_PARALLEL_FROM = 20_000  # samples: starting processes takes seconds
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,12 @@ class LengthIndex:
     num_images: np.ndarray  # int32 [N]
     truncated: int  # samples cut at max_length
     unsupervised: int  # samples that teach nothing; they keep their place with zero weight
+
+    @classmethod
+    def of(cls, counts_4N: np.ndarray) -> "LengthIndex":
+        """int32 rows: tokens, supervised ones, images, 1 where the sample was cut."""
+        lengths, supervised, num_images, cut = counts_4N
+        return cls(lengths, supervised, num_images, int(cut.sum()), int(np.count_nonzero(supervised == 0)))
 
 
 def build_index(
@@ -39,63 +50,92 @@ def build_index(
     """`key` stands for the samples and the tokenizer: their content hashes. Raises DataError."""
     bos = (tokenizer.bos_token_id, tokenizer.eos_token_id)  # they decide whether a format's BOS is written
     identity = repr((key, len(samples), chat, bos, num_visual_tokens, max_length))
-    path = cache / "lengths" / f"{sha256(identity.encode()).hexdigest()[:32]}.npz"
+    path = cache / "lengths" / f"{sha256(identity.encode()).hexdigest()[:32]}.npy"
     if (stored := _load(path, len(samples))) is not None:
         return stored
-    index = _measure(samples, chat, tokenizer, num_visual_tokens, max_length)
+    counts_4N = _measure(_Job(samples, chat, tokenizer, num_visual_tokens, max_length))
+    index = LengthIndex.of(counts_4N)
     if index.unsupervised == len(samples):
         raise DataError(
             f"None of the {len(samples)} samples has a supervised token within max_length={max_length} "
             f"in chat format {chat.label!r}. Raise max_length or mend the answers."
         )
-    _save(path, index)
+    _save(path, counts_4N)
     return index
 
 
-def _measure(
-    samples: Sequence[Sample],
-    chat: ChatFormat,
-    tokenizer: "Tokenizer",
-    num_visual_tokens: int,
-    max_length: int,
-) -> LengthIndex:
-    lengths = np.zeros(len(samples), np.int32)
-    supervised = np.zeros(len(samples), np.int32)
-    truncated, problems = 0, []
-    for number, sample in enumerate(samples):
-        try:
-            encoded = chat.encode(sample, tokenizer, num_visual_tokens, max_length)
-        except DataError as error:
-            problems.append(f"sample {number}: {error}")
-            continue
-        lengths[number] = len(encoded.input_ids)
-        supervised[number] = np.count_nonzero(encoded.supervised[1:])
-        truncated += encoded.truncated
-    if problems:
+@dataclass(frozen=True)
+class _Job:
+    """What a process needs to measure any range of the samples."""
+
+    samples: Sequence[Sample]
+    chat: ChatFormat
+    tokenizer: "Tokenizer"
+    num_visual_tokens: int
+    max_length: int
+
+    def measure(self, numbers: range) -> tuple[np.ndarray, list[str]]:
+        """-> int32 [4, len(numbers)] as `LengthIndex.of` takes it, and what is wrong with samples."""
+        counts = np.zeros((4, len(numbers)), np.int32)
+        problems = []
+        for column, number in enumerate(numbers):
+            sample = self.samples[number]
+            try:
+                encoded = self.chat.encode(sample, self.tokenizer, self.num_visual_tokens, self.max_length)
+            except DataError as error:
+                problems.append(f"sample {number}: {error}")
+                continue
+            supervised = np.count_nonzero(encoded.supervised[1:])
+            counts[:, column] = len(encoded.input_ids), supervised, len(sample.images), encoded.truncated
+        return counts, problems
+
+
+def _measure(job: _Job) -> np.ndarray:
+    """In as many processes as there are cores, where that pays. Raises DataError."""
+    total = len(job.samples)
+    chunks = [range(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
+    if total < _PARALLEL_FROM:
+        found = [job.measure(chunk) for chunk in chunks]
+    else:
+        context = multiprocessing.get_context("spawn")  # a fork would inherit locked threads
+        found = []
+        with (
+            ProcessPoolExecutor(mp_context=context, initializer=_start, initargs=(job,)) as pool,
+            Progress(f"token lengths, {job.chat.label}", total) as progress,
+        ):
+            for chunk, one in zip(chunks, pool.map(_measure_in_worker, chunks), strict=True):
+                found.append(one)
+                progress.update(chunk.stop)
+    if problems := [problem for _, some in found for problem in some]:
         raise DataError(join_problems(problems))
-    num_images = np.array([len(sample.images) for sample in samples], np.int32)
-    return LengthIndex(lengths, supervised, num_images, truncated, int(np.count_nonzero(supervised == 0)))
+    return np.concatenate([counts for counts, _ in found], axis=1)
+
+
+_job: _Job | None = None  # of a worker process
+
+
+def _start(job: _Job) -> None:
+    global _job
+    _job = job
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core
+
+
+def _measure_in_worker(numbers: range) -> tuple[np.ndarray, list[str]]:
+    assert _job is not None
+    return _job.measure(numbers)
 
 
 def _load(path: Path, num_samples: int) -> LengthIndex | None:
+    """Memory-mapped, so that ranks and cells share it."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = [stored[name] for name in ("lengths", "supervised", "num_images")]
-            counts = [int(stored[name]) for name in ("truncated", "unsupervised")]
-    except (OSError, KeyError, ValueError, EOFError, BadZipFile):
+        counts_4N = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
         return None  # absent, or damaged: measured anew
-    return LengthIndex(*arrays, *counts) if all(len(array) == num_samples for array in arrays) else None
+    return LengthIndex.of(counts_4N) if counts_4N.shape == (4, num_samples) else None
 
 
-def _save(path: Path, index: LengthIndex) -> None:
+def _save(path: Path, counts_4N: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".tmp-{os.getpid()}.npz")
-    np.savez(
-        aside,
-        lengths=index.lengths,
-        supervised=index.supervised,
-        num_images=index.num_images,
-        truncated=index.truncated,
-        unsupervised=index.unsupervised,
-    )
+    aside = path.with_suffix(f".tmp-{os.getpid()}.npy")
+    np.save(aside, counts_4N)
     aside.replace(path)  # ranks and runs may write at once; each sees a whole file
