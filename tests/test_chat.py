@@ -246,6 +246,7 @@ TURN: list[dict[str, Any]] = [{"text": "{question}"}, {"text": "{answer}", "trai
         ({"turn": [*TURN, {"token": "a", "text": "b"}]}, "`token: ...` or `text: ...`"),
         ({"turn": [*TURN, {"text": "x", "train": True}]}, r"unknown keys \['train'\]"),
         ({"system": "x"}, r"unknown keys \['system'\]"),
+        ({"turn": [{"text": "{quest}"}, TURN[1]]}, r"\{quest\} is filled by nothing"),
     ],
 )
 def test_bad_formats(changes: dict[str, Any], reason: str):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from factories_training import make_cell
+from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface
 
 from morebench.check import command
@@ -101,6 +102,28 @@ def test_visual_tokens_scaled_otherwise_than_text_fail(
     assert list(failures(replace(config, llm=replace(config.llm, visual_scale=scale)))) == ["LLM: scale"]
 
 
+def test_a_folder_that_was_named_must_be_there(tmp_path: Path) -> None:
+    config = make_cell(tmp_path)
+    weights = replace(config.llm.weights, folder=str(tmp_path / "nix"))
+    found = failures(replace(config, llm=replace(config.llm, weights=weights)))
+    assert found == {"weights: llm": f"weights.folder={tmp_path / 'nix'} is not a folder on this machine."}
+
+
+def test_weights_that_are_no_numbers_are_said_to_be_so(tmp_path: Path) -> None:
+    config = make_cell(tmp_path, "llama")
+    file = tmp_path / "weights" / "tiny" / "llm" / "model.safetensors"
+    state = load_file(file)
+    state["model.layers.0.mlp.up_proj.weight"][0] = float("nan")
+    save_file(state, file, metadata={"format": "pt"})
+    assert failures(config)["LLM: weights"] == "hidden states are NaN or infinite; expected finite weights"
+
+
+def test_an_error_of_foreign_code_is_a_finding(tmp_path: Path) -> None:
+    config = make_cell(tmp_path)
+    (tmp_path / "weights" / "tiny" / "vision" / "preprocessor_config.json").write_text("{")
+    assert "JSONDecodeError" in failures(config)["image: published settings"]
+
+
 def test_a_missing_pad_token_fails(tmp_path: Path) -> None:
     config = make_cell(tmp_path)
     wrong = replace(config, llm=replace(config.llm, pad_token="<nix>"))
@@ -131,6 +154,9 @@ def test_the_command_prints_verdicts_and_exits_with_them(capsys: pytest.CaptureF
     assert " 0 failed, 3 skipped." in printed
     with pytest.raises(ConfigError, match="Did you mean phi4"):
         command(["llm=phi5", "vision=clip_tiny"])
+    with pytest.raises(ConfigError) as caught:  # refused before anything is loaded, all at once
+        command(["llm=phi4", "vision=clip", "resolution.scales=[0]", "stage.finetune.max_length=30"])
+    assert len(str(caught.value).splitlines()) == 2
     with pytest.raises(ConfigError, match=r"expected the name of a \.md file"):
         command(["llm=phi4", "table=sizes.csv"])
 

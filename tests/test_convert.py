@@ -178,6 +178,30 @@ def test_every_wrong_tensor_is_named_and_nothing_is_written(tmp_path: Path) -> N
     assert not list((tmp_path / "runs").glob("*"))
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("config.json", '{"model_type": ["llava_llama"]}', "is none of a published checkpoint"),
+        ("tokenizer.json", "{}", "cannot be read"),
+    ],
+)
+def test_damaged_checkpoints_are_no_traceback(file: str, content: str, words: str, tmp_path: Path) -> None:
+    source = Published("llama_tiny", "clip_tiny").write(tmp_path / "source")
+    (source / file).write_text(content)
+    with pytest.raises(WeightsError, match=words):
+        imported(tmp_path, source)
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    published = Published("llama_tiny", "clip_tiny")
+    with torch.no_grad():
+        published.projector[0].bias[1] = float("nan")
+    with pytest.raises(WeightsError, match=r"mm_projector\.0\.bias: holds NaN or infinite"):
+        imported(tmp_path, published.write(tmp_path / "source"))
+
+
 @pytest.fixture(scope="module")
 def published_config() -> dict[str, Any]:
     return Published("llama_tiny", "clip_tiny").config

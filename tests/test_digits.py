@@ -16,7 +16,7 @@ from morebench.config.compose import CONF_DIR, load_chat_format, load_shape
 from morebench.config.schema import LLM, VisualScale, Weights
 from morebench.data.chat import ChatFormat
 from morebench.data.images import load_image, resolve_inside
-from morebench.data.records import read_records
+from morebench.data.store import open_records
 from morebench.digits import scenes, tiny_llm, tiny_vision
 from morebench.digits.fitting import schedule
 from morebench.digits.look_back import start_looking_back
@@ -125,16 +125,16 @@ def test_digit_colour_and_place_each_name_one_thing() -> None:
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
-def test_records_are_llava_records_with_images_that_open(data: Path, name: str) -> None:
-    samples = read_records(data / f"{name}.json")
+def test_records_are_llava_records_with_images_that_open(data: Path, name: str, tmp_path: Path) -> None:
+    samples = open_records(data / f"{name}.json", tmp_path)
     assert len({sample.id for sample in samples}) == len(samples)
     for sample in samples:
         for image in sample.images:
             load_image(resolve_inside(data / "images", image))
 
 
-def test_finetune_has_text_only_records_and_images_after_the_question(data: Path) -> None:
-    samples = read_records(data / "finetune.json")
+def test_finetune_has_text_only_records_and_images_after_the_question(data: Path, tmp_path: Path) -> None:
+    samples = open_records(data / "finetune.json", tmp_path)
     text_only = [sample for sample in samples if not sample.images]
     image_last = [sample for sample in samples if sample.turns[0].question.endswith("\n<image>")]
     assert 0.03 < len(text_only) / len(samples) < 0.2
@@ -142,10 +142,9 @@ def test_finetune_has_text_only_records_and_images_after_the_question(data: Path
     assert max(len(sample.turns) for sample in samples) > 2
 
 
-def test_training_asks_in_the_words_of_the_tasks(data: Path) -> None:
-    texts = "\n".join(
-        turn.question for sample in read_records(data / "finetune.json") for turn in sample.turns
-    )
+def test_training_asks_in_the_words_of_the_tasks(data: Path, tmp_path: Path) -> None:
+    samples = open_records(data / "finetune.json", tmp_path)
+    texts = "\n".join(turn.question for sample in samples for turn in sample.turns)
     assert SHORT_ANSWER in texts
     assert "\nAnswer with the option's letter from the given choices directly." in texts
     for name in TASKS:

@@ -1,7 +1,6 @@
 """A whole evaluation of a tiny cell: what it leaves, how it continues, what it refuses."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -280,17 +279,5 @@ def test_trained_parts_come_from_the_parent(cell: Cell, evaluated: Path, tmp_pat
     save_parts(
         build_mllm(config, weights, config.stage.evaluate.precision), [Part.projector, Part.llm], parent
     )
-    evaluate(config, make_folder(tmp_path / "run"), parent)
-    assert artefacts(tmp_path / "run") != artefacts(evaluated)
-
-
-def test_the_llm_keeps_what_only_its_own_config_says(cell: Cell, evaluated: Path, tmp_path: Path) -> None:
-    """The shape in conf/ holds some fields of the published config.json, the weights' folder holds all."""
-    config, parent = cell
-    weights = tmp_path / "weights"
-    shutil.copytree(config.paths.weights, weights)
-    own = weights / "tiny" / "llm" / "config.json"
-    own.write_text(json.dumps(json.loads(own.read_text()) | {"rms_norm_eps": 0.5}))
-    config = replace(config, paths=replace(config.paths, weights=str(weights)))
     evaluate(config, make_folder(tmp_path / "run"), parent)
     assert artefacts(tmp_path / "run") != artefacts(evaluated)

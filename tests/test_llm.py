@@ -123,8 +123,8 @@ def test_a_missing_pad_token_names_what_there_is(tmp_path: Path) -> None:
 
 
 def test_more_ids_than_rows_are_refused(tmp_path: Path) -> None:
-    words = {f"w{number}": number for number in range(VOCABULARY)} | {"a": VOCABULARY}
-    folder = saved_tokenizer(tmp_path / "more", words | {"<pad>": 3}, pad_token="<pad>")
+    words = {f"w{number}": number for number in range(1, VOCABULARY)} | {"a": VOCABULARY, "<pad>": 0}
+    folder = saved_tokenizer(tmp_path / "more", words, pad_token="<pad>")
     with pytest.raises(WeightsError, match=r"has ids up to 50, Gemma-2-tiny only 50 embedding rows"):
         load_tokenizer(choice(tmp_path, LLM_SHAPES["gemma2"]), folder)
 

@@ -1,7 +1,10 @@
 """Mistakes are found before Hydra runs, all at once, each with the nearest right name."""
 
+from pathlib import Path
+
 import pytest
 
+from morebench.config.compose import CONFIG_DIR_VARIABLE
 from morebench.config.overrides import check
 from morebench.errors import ConfigError
 
@@ -62,3 +65,23 @@ def test_right_overrides_pass():
 def test_one_cell_is_not_many(override, words):
     with pytest.raises(ConfigError, match=words):
         check([override], multirun=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("lable: Mine\n", "Key 'lable' not in 'LLM'"),
+        ("visual_scale: two\n", "two"),
+        ("a: [\n", "while parsing"),
+    ],
+)
+def test_a_mistake_in_a_file_of_ones_own_is_named(
+    content: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "mine.yaml").write_text(content)
+    monkeypatch.setenv(CONFIG_DIR_VARIABLE, str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        check(["llm=mine"])
+    assert reason in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

@@ -322,7 +322,7 @@ def test_a_run_that_is_no_finished_finetune_run_is_refused(tmp_path: Path) -> No
     with pytest.raises(RunError, match=r"no llm\.safetensors"):
         export(run.folder, tmp_path / "out")
     (run.folder / "manifest.json").write_text(json.dumps({"step": "pretrain"}))
-    with pytest.raises(RunError, match="is a pretrain run"):
+    with pytest.raises(RunError, match="is the pretrain step"):
         export(run.folder, tmp_path / "out")
     (run.folder / "manifest.json").write_text("{")
     with pytest.raises(RunError, match=r"manifest\.json is damaged"):

@@ -9,6 +9,7 @@ tokenizer is skipped. Exits with 2 if anything failed. `table=FILE.md` instead w
 widths, parameters, FLOPs and memory.
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,8 @@ from morebench.config.overrides import check
 from morebench.config.schema import AXES
 from morebench.conformance.findings import Finding, Verdict
 from morebench.errors import EXIT_DONE, EXIT_USER, ConfigError
+from morebench.matrix.cell import cell_of
+from morebench.matrix.plan import check_cells
 
 _WIDTH = 120  # of a report that goes into a file
 _STYLE = {
@@ -37,13 +40,14 @@ _STYLE = {
 
 
 def command(overrides: Sequence[str]) -> int:
+    cells_overrides, table = _split_table(overrides)
+    check(cells_overrides)
+    cells = assemble(expand(cells_overrides))
+    check_cells([cell_of(cell) for cell in cells])
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    cells_overrides, table = _split_table(overrides)
-    check(cells_overrides)
-    cells = assemble(expand(cells_overrides))
     if table is not None:
         from morebench.conformance.sizes import write_table
 
@@ -70,7 +74,8 @@ def _report(cell: Composed) -> bool:
     from morebench.conformance.cell import examine
 
     name = " + ".join(cell.choices[axis] for axis in AXES[:3])
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    fits = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if fits else _WIDTH)
     findings = list(examine(cell.config))
     console.print(_table(findings, name))
     counts = Counter(finding.verdict for finding in findings)

@@ -92,11 +92,15 @@ def _to_transformers(own: dict[str, Override], rest: Sequence[Override]) -> None
     texts = [override.text for override in rest]
     check(texts, multirun=False)
 
+    from transformers.utils import logging
+
     from morebench.matrix.parent import find_run
     from morebench.models.transformers_export import export
     from morebench.training.files import disk_full_named
 
     run = find_run(own["run"].values[0], Path(compose_config(texts).config.paths.runs))
+    logging.set_verbosity_error()  # it would list the blocks behind the features, which are not built
+    logging.disable_progress_bar()
     out = Path(own["out"].values[0]).expanduser()
     with disk_full_named(out):
         export(run.folder, out)
@@ -109,7 +113,9 @@ def _unexpected(own: dict[str, Override], wanted: set[str]) -> list[str]:
     ]
     problems += [f"{key}=... is missing. Expected {_USAGE}" for key in sorted(wanted - own.keys())]
     return problems + [
-        f"{override.text}: expected one value." for override in own.values() if len(override.values) != 1
+        f"{override.text}: expected one value."
+        for override in own.values()
+        if len(override.values) != 1 or override.values[0] in ("", "''")
     ]
 
 

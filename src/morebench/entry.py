@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from morebench.config.compose import CONFIG_DIR_VARIABLE
-from morebench.errors import EXIT_DONE, EXIT_USER, MorebenchError, join_problems
+from morebench.errors import EXIT_DONE, EXIT_USER, ConfigError, MorebenchError, join_problems
 
 
 def fail(error: MorebenchError) -> NoReturn:
@@ -49,6 +49,8 @@ def _take_config_dir(arguments: list[str]) -> None:
         if flag not in ("--config-dir", "-cd"):
             continue
         given = [argument] if folder else arguments[at : at + 2]
+        if not folder and len(given) == 1:
+            fail(ConfigError(f"{flag}: expected a folder after it."))
         os.environ[CONFIG_DIR_VARIABLE] = str(Path(folder or given[-1]).resolve())
         del arguments[at : at + len(given)]
         return

@@ -129,7 +129,7 @@ def compose_config(overrides: Sequence[str] = ()) -> Composed:
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
         config = to_config(tree)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"Cannot compose {' '.join(overrides)}: {reason(error)}") from error
     if problems := list(out_of_bounds(config)):
         raise ConfigError(f"Cannot compose {' '.join(overrides)}: {'; '.join(problems)}")
@@ -156,9 +156,13 @@ def _run_mode() -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """Hydra hides why an override was refused in `__cause__`; one line of it is enough."""
+    """Hydra hides why an override was refused in `__cause__`; one or two lines of it are enough."""
+    if isinstance(error, yaml.YAMLError):
+        return " ".join(str(error).split())
     cause = error.__cause__ or error
-    return str(cause).strip().splitlines()[0]
+    first, *others = [line.strip() for line in str(cause).splitlines() if line.strip()] or [repr(cause)]
+    # "In 'llm/mine': ConfigKeyError raised while composing config:", and then what for
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 def to_config(tree: Any) -> Config:

@@ -67,9 +67,7 @@ def _check_experiments(override: Override, multirun: bool) -> list[str]:
 
 
 def _check_values(overrides: Sequence[Override], chosen: Sequence[str]) -> Iterable[str]:
-    if not overrides:
-        return
-    config = compose_config(list(chosen)).config
+    config = compose_config(list(chosen)).config  # also where nothing is set: a choice's file may be wrong
     for override in overrides:
         ours = not override.key.startswith("hydra.")
         if ours and (problem := _missing_key(config, override)):

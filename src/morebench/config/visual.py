@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from morebench.config.schema import Resolution, Vision
+from morebench.config.schema import ImageProcessing, Resolution, Vision
 from morebench.errors import ConfigError
 
 PROVIDERS = tuple(
@@ -20,6 +20,7 @@ def vision_problems(vision: Vision, shape: Mapping[str, Any], resolution: Resolu
     """A sentence for everything that no encoder could be built from. `shape`: content of vision.shape."""
     return [
         *_recipe_problems(vision.encoder),
+        *_image_problems(vision.image),
         *(wrong := list(_shape_problems(shape))),
         *([] if wrong else _layer_problems(shape["blocks"], vision.feature_layer)),
         *([] if wrong else _scale_problems(resolution.scales, shape["image_size"])),
@@ -64,6 +65,14 @@ def _recipe_problems(encoder: Mapping[str, Any]) -> Iterator[str]:
         )
     if unknown := sorted(encoder.keys() - {"_target_", "name"}):
         yield f"vision.encoder has _target_ and name; found {', '.join(unknown)} as well."
+
+
+def _image_problems(image: ImageProcessing) -> Iterator[str]:
+    for name, values in (("mean", image.mean), ("std", image.std)):
+        if len(values) != 3:
+            yield f"vision.image.{name} must have a value each for red, green and blue, found {values}."
+    if any(not value > 0 for value in image.std):
+        yield f"vision.image.std must be above 0, found {image.std}."
 
 
 def _shape_problems(shape: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from morebench.config.schema import Config, Part, Step
+from morebench.config.schema import Config, Part, Precision, Step
 from morebench.conformance.findings import Finding, failed, judged, shown, skipped, until_error
 from morebench.conformance.image import examine_image, examine_published, probe_image, processor_of
 from morebench.conformance.model import (
@@ -23,7 +23,7 @@ from morebench.conformance.model import (
 from morebench.conformance.text import PROBES, TEXT_ONLY, chat_format, examine_format, examine_tokenizer
 from morebench.data.batch import Batch, collate
 from morebench.data.chat import Encoded
-from morebench.errors import MorebenchError
+from morebench.errors import WeightsError
 from morebench.models.flops import llm_shape, sample_flops, sizes
 from morebench.models.llm import load_tokenizer
 from morebench.models.memory import is_counted, memory
@@ -47,16 +47,17 @@ def examine(config: Config) -> Iterator[Finding]:
     try:
         on_meta = build_on_meta(config)
         tokenizer = load_tokenizer(config.llm, present[Part.llm]) if Part.llm in present else None
-    except MorebenchError as error:
+    except Exception as error:  # parts are foreign code
         yield failed("parts", "build", error)
         return
     for part, folder in weights.items():
         chosen = getattr(config, part.name).weights
-        yield (
-            shown("weights", part.name, str(folder))
-            if folder
-            else skipped("weights", part.name, absence(chosen, config.paths))
-        )
+        if folder is not None:
+            yield shown("weights", part.name, str(folder))
+        elif chosen.folder is not None:  # named, so meant
+            yield failed("weights", part.name, WeightsError(absence(chosen, config.paths)))
+        else:
+            yield skipped("weights", part.name, absence(chosen, config.paths))
     if tokenizer is None:
         yield skipped("tokenizer", "all", "comes with the LLM's weights")
     else:
@@ -71,7 +72,8 @@ def examine(config: Config) -> Iterator[Finding]:
         examine_pixels = partial(examine_image, config, step, on_meta.vision.image_size)
         yield from until_error(step.name, "image", examine_pixels)
     if Part.vision in present:
-        yield from examine_published(config, present[Part.vision])
+        published = partial(examine_published, config, present[Part.vision])
+        yield from until_error("image", "published settings", published)
     yield from until_error("model", "run", partial(_examine_run, config, present, on_meta, tokenizer))
     for step in TRAIN_STEPS:
         yield from until_error(step.name, "cost", partial(_price, config, step))
@@ -102,23 +104,24 @@ def _examine_run(
 
 
 def _price(config: Config, step: Step) -> Iterator[Finding]:
-    model, trained = sizes(config), recipe_of(config, step)[0].trainable
+    model, recipe = sizes(config), recipe_of(config, step)[0]
     text, supervised = PRICED[step]
     length = model.num_visual_tokens + text
-    flops = sample_flops(model, length, 1, supervised, trained)
+    flops = sample_flops(model, length, 1, supervised, recipe.trainable)
     share = model.vision_image / flops
     yield shown(
         step.name,
         "FLOPs a sample",
         f"{_short(flops)} at {length} tokens, {supervised} supervised; {share:.0%} of it the vision encoder",
     )
-    bytes_ = memory(config, length, 1, supervised, trained)
-    known = "" if is_counted(llm_shape(config)["model_type"]) else " (counted as a Llama)"
+    bytes_ = memory(config, length, 1, supervised, recipe.trainable)
+    known = "" if is_counted(llm_shape(config)["model_type"]) else "; counted as a Llama"
+    other = "" if recipe.precision is Precision.bf16 else f"; this step is {recipe.precision.name}: more"
     yield shown(
         step.name,
         "memory",
-        f"{_short(bytes_.state)}B for weights, gradients and optimizer, "
-        f"{_short(bytes_.sample)}B for each such sample of a micro-batch{known}",
+        f"{_short(bytes_.state)}B for weights, gradients and optimizer, {_short(bytes_.sample)}B for each "
+        f"such sample of a micro-batch (in bf16{other}{known})",
     )
 
 

@@ -37,13 +37,15 @@ def skipped(topic: str, what: str, why: str) -> Finding:
     return Finding(topic, what, why, Verdict.skipped)
 
 
-def failed(topic: str, what: str, error: MorebenchError) -> Finding:
-    return Finding(topic, what, str(error), Verdict.failed)
+def failed(topic: str, what: str, error: Exception) -> Finding:
+    """An error that is none of ours says its kind: it comes out of somebody else's code."""
+    text = str(error) if isinstance(error, MorebenchError) else f"{type(error).__name__}: {error}"
+    return Finding(topic, what, text, Verdict.failed)
 
 
 def until_error(topic: str, what: str, examine: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """All findings of `examine`; an error it ends with is one more."""
+    """All findings of `examine`, and the error it ends with. Any error: parts are foreign code."""
     try:
         yield from examine()
-    except MorebenchError as error:
+    except Exception as error:
         yield failed(topic, what, error)

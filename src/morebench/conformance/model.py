@@ -106,6 +106,7 @@ def examine_step(
     with _autocast(built):
         loss = mllm(with_image)
         loss.backward()
+    names = _names(trained)
     without = {part for part in Part if part in trained and not _has_gradients(module(mllm, part), built)}
     extra = {
         part
@@ -116,8 +117,10 @@ def examine_step(
         topic,
         "backward",
         not without and not extra,
-        f"gradients in {_names(trained)} alone",
-        f"{_names(trained)}; missing in {_names(without)}, too many in {_names(extra)}",
+        f"gradients in {names} alone"
+        if not without and not extra
+        else f"none in {_names(without)}, some in frozen {_names(extra)}",
+        f"gradients in {names} alone",
     )
     mllm.zero_grad()
     if built.is_meta:
@@ -171,6 +174,9 @@ def examine_attention(built: Built, batch: Batch) -> Iterator[Finding]:
     ours = llm.base_model(**inputs, cu_seqlens=batch.cu_seqlens.tolist()).last_hidden_state.float()
     with generation_attention(llm):
         theirs = llm.base_model(**inputs).last_hidden_state.float()
+    if not theirs.isfinite().all():
+        yield judged("LLM", "weights", False, "hidden states are NaN or infinite", "finite weights")
+        return
     difference = float((ours - theirs).norm() / theirs.norm())
     tolerance = 1e-4 if built.precision is Precision.fp32 else 0.03
     yield judged(

@@ -63,9 +63,10 @@ def examine_format(
     chat.check(tokenizer)
     encoded = chat.encode(sample, tokenizer, num_visual_tokens, recipe.max_length)
     runs = [_decode(ids, tokenizer) for ids in _supervised_runs(encoded)]
-    answers = [turn.answer for turn in sample.turns]
-    right = len(runs) == len(answers) and all(map(_holds_only, runs, answers))
-    yield judged(topic, "supervised", right, " | ".join(map(repr, runs)), f"one run per answer of {answers}")
+    expected = [_supervised_text(chat, turn.answer) for turn in sample.turns]
+    right = [run.strip() for run in runs] == [text.strip() for text in expected]
+    shown_runs, shown_expected = (" | ".join(map(repr, texts)) for texts in (runs, expected))
+    yield judged(topic, "supervised", right, shown_runs, shown_expected)
     prompt = chat.encode_prompt(sample.turns[0].question, tokenizer, num_visual_tokens)
     size = len(prompt.input_ids)
     same = np.array_equal(prompt.input_ids, encoded.input_ids[:size])
@@ -104,6 +105,6 @@ def _supervised_runs(encoded: Encoded) -> list[np.ndarray]:
     return [encoded.input_ids[start:end] for start, end in list(pairwise(edges))[::2]]
 
 
-def _holds_only(run: str, answer: str) -> bool:
-    """The answer, then at most an end mark: nothing of a question or a role."""
-    return run.strip().startswith(answer) and "What" not in run and "colour" not in run
+def _supervised_text(chat: ChatFormat, answer: str) -> str:
+    trained = [segment for segment in chat.turn if segment.trained]
+    return "".join(segment.token or segment.text.replace("{answer}", answer) for segment in trained)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _KEYS = ("label", "start", "turn", "trim", "stop")
+_ANY_PLACEHOLDER = re.compile(r"\{[a-z_]+\}")
 _PLACEHOLDER = re.compile(r"\{question\}|\{answer\}")
 
 
@@ -46,6 +47,12 @@ class ChatFormat:
         if [s.trained for s in turn if "{answer}" in s.text] != [True]:
             raise ConfigError(
                 f"Chat format {label!r}: `turn` needs exactly one trained text with {{answer}}."
+            )
+        names = [name for s in (*start, *turn) for name in _ANY_PLACEHOLDER.findall(s.text)]
+        if other := sorted({name for name in names if not _PLACEHOLDER.fullmatch(name)}):
+            raise ConfigError(
+                f"Chat format {label!r}: {', '.join(other)} is filled by nothing. There are: "
+                "{question}, {answer}."
             )
         if any(_PLACEHOLDER.search(s.text) for s in start) or any(
             s.trained and "{question}" in s.text for s in turn

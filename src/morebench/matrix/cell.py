@@ -1,16 +1,14 @@
 """A cell is its content: run ids from everything that can change the weights, and from nothing else."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from morebench.config.compose import Composed, load_chat_format, load_shape
 from morebench.config.schema import AXES, Config, Step
 from morebench.errors import ConfigError, join_problems
+from morebench.matrix.identity import digest, identity
 from morebench.matrix.parent import Parent, find_run, start_from
 from morebench.matrix.sources import Sources
 
@@ -67,27 +65,6 @@ def cells_of(composed: Sequence[Composed]) -> list[Cell]:
     if problems:
         raise ConfigError(join_problems(problems))
     return cells
-
-
-def identity(value: Any) -> Any:
-    """JSON-able content of a config node without the fields marked `unidentified()`."""
-    if is_dataclass(value):
-        return {
-            field.name: identity(getattr(value, field.name))
-            for field in fields(value)
-            if field.metadata.get("identity", True)
-        }
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, Mapping):
-        return {str(key): identity(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [identity(item) for item in value]
-    return value
-
-
-def digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run_ids(cell: Cell, sources: Sources) -> dict[Step, str]:

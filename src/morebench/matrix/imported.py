@@ -14,7 +14,8 @@ from morebench.config.compose import ROOT, Composed, load_shape, save_config
 from morebench.config.schema import LLM, Config, Part, Step, Weights
 from morebench.errors import MorebenchError, WeightsError, join_problems
 from morebench.matrix import ledger
-from morebench.matrix.cell import Cell, digest, identity
+from morebench.matrix.cell import Cell
+from morebench.matrix.identity import digest, identity
 from morebench.models.llm import llm_config, load_tokenizer
 from morebench.models.parts import save_tensors
 from morebench.models.reference_checkpoint import Dealt, deal
@@ -52,8 +53,13 @@ def import_reference(composed: Composed, source: Path) -> Imported:
     """
     files = find_files(source)
     config = replace(composed.config, stage=replace(composed.config.stage, steps=[files.step]))
-    problems = config_problems(files.config, config, files.step)
-    dealt = deal(map_tensors(files), config, files.step)
+    try:
+        problems = config_problems(files.config, config, files.step)
+        dealt = deal(map_tensors(files), config, files.step)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # values of kinds that nobody expects
+        raise WeightsError(
+            f"{source / 'config.json'} is none of a published checkpoint ({type(error).__name__}: {error})."
+        ) from error
     problems += dealt.problems
     needs_vision = files.step is Step.finetune and Part.vision not in dealt.parts
     if needs_vision and locate(config.vision.weights, config.paths) is None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from morebench.config.compose import load_config, load_shape
+from morebench.config.compose import load_chat_format, load_config, load_shape
 from morebench.config.schema import AXES, Config, Part, Step
 from morebench.errors import ConfigError, RunError, join_problems
 from morebench.matrix import ledger
+from morebench.matrix.identity import digest, identity
 
 _CHAIN = tuple(Step)
 
@@ -67,12 +68,15 @@ def _wrong_steps(parent: Parent, config: Config) -> Iterator[str]:
 
 
 def _contradictions(parent: Parent, choices: Mapping[str, str], config: Config) -> Iterator[str]:
-    for axis in AXES:  # a table would name the child after the wrong one, even where shapes agree
-        if choices[axis] != parent.axes[axis]:
-            yield f"its cell has {axis}={parent.axes[axis]}, this one {axis}={choices[axis]}."
+    # a table would name the child after the wrong one, even where shapes agree
+    other = [axis for axis in AXES if choices[axis] != parent.axes[axis]]
+    yield from (
+        f"its cell has {axis}={parent.axes[axis]}, this one {axis}={choices[axis]}." for axis in other
+    )
     theirs, ours = _facts(parent.config, parent.step), _facts(config, parent.step)
     for key in theirs | ours:
-        if theirs.get(key) != ours.get(key):
+        said = key.split(".")[0] in other or (key == "chat format" and "llm" in other)
+        if not said and theirs.get(key) != ours.get(key):
             yield f"its {key} is {theirs.get(key)}, this cell's {ours.get(key)}."
 
 
@@ -83,10 +87,18 @@ def _facts(config: Config, step: Step) -> dict[str, Any]:
         **{f"vision.shape {key}": value for key, value in load_shape(config.vision.shape).items()},
         "llm.visual_scale": config.llm.visual_scale.name,
         "vision.feature_layer": config.vision.feature_layer,
+        **{f"vision.image.{key}": value for key, value in identity(config.vision.image).items()},
         "resolution.scales": sorted(config.resolution.scales),
         "projector.depth": config.projector.depth,
     }
     if step is Step.finetune:  # says which parts are read from the run
         trained = {Part.projector, *config.stage.finetune.trainable}
         facts["stage.finetune.trainable"] = sorted(part.name for part in trained)
+        facts["chat format"] = _chat(config)
     return facts
+
+
+def _chat(config: Config) -> str:
+    """What a model was finetuned in is what it must be asked in."""
+    chat = load_chat_format(config.stage.finetune.chat_format or config.llm.chat_format)
+    return f"{chat.get('label')} ({digest(chat)[:6]})"

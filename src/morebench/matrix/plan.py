@@ -1,12 +1,14 @@
 """What is there and what is missing. Never imports torch: a thousand cells are planned in seconds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from morebench.config.compose import load_shape
-from morebench.config.schema import Step
+from morebench.config.compose import load_chat_format, load_shape
+from morebench.config.llm_shape import llm_problems
+from morebench.config.schema import Config, Step
 from morebench.config.visual import vision_problems
+from morebench.data.chat import ChatFormat
 from morebench.errors import ConfigError, join_problems
 from morebench.matrix import ledger
 from morebench.matrix.cell import CHAIN, PARENT, Cell, run_ids
@@ -39,8 +41,8 @@ class Plan:
 
 
 def make_plan(cells: Sequence[Cell]) -> Plan:
-    """Raises one ConfigError for all cells whose vision encoder could not be built."""
-    _check(cells)
+    """Raises one ConfigError for all cells that could never run."""
+    check_cells(cells)
     sources = Sources()
     ids = [run_ids(cell, sources) for cell in cells]
     runs: dict[str, PlannedRun] = {}
@@ -58,16 +60,36 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
     return Plan(cells, ids, runs, list(sources.missing))
 
 
-def _check(cells: Sequence[Cell]) -> None:
-    problems = [
-        f"vision={cell.choices['vision']} resolution={cell.choices['resolution']}: {problem}"
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Raises one ConfigError for everything that no weights or data could make right."""
+    problems = (
+        f"{' '.join(f'{axis}={cell.choices[axis]}' for axis in axes)}: {problem}"
         for cell in cells
-        for problem in vision_problems(
-            cell.config.vision, load_shape(cell.config.vision.shape), cell.config.resolution
-        )
-    ]
-    if problems:
-        raise ConfigError(join_problems(dict.fromkeys(problems)))
+        for axes, problem in _problems(cell.config)
+    )
+    if distinct := dict.fromkeys(problems):
+        raise ConfigError(join_problems(distinct))
+
+
+def _problems(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is wrong, and the axes that it lies in."""
+    shape = load_shape(config.vision.shape)
+    for problem in llm_problems(load_shape(config.llm.shape)):
+        yield ("llm",), problem
+    for problem in vision_problems(config.vision, shape, config.resolution):
+        yield ("vision", "resolution"), problem
+    try:
+        tokens = (shape["image_size"] // shape["patch_size"]) ** 2
+    except (KeyError, TypeError, ZeroDivisionError):  # said above
+        tokens = 0
+    for step, recipe in ((Step.pretrain, config.stage.pretrain), (Step.finetune, config.stage.finetune)):
+        if recipe.max_length <= tokens:
+            room = f"leaves no room for a text beside the {tokens} visual tokens"
+            yield ("vision",), f"stage.{step.name}.max_length={recipe.max_length} {room}."
+        try:
+            ChatFormat.from_dict(load_chat_format(recipe.chat_format or config.llm.chat_format))
+        except ConfigError as error:
+            yield ("llm",), str(error)
 
 
 def _parents(own: dict[Step, str], step: Step) -> dict[Step, str]:

@@ -11,22 +11,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from morebench.config.compose import load_shape
+from morebench.config.llm_shape import llm_problems
 from morebench.config.schema import Config, Part
 from morebench.config.visual import built_blocks
-from morebench.errors import ConfigError
+from morebench.errors import ConfigError, join_problems
 
 Count = TypeVar("Count", int, np.ndarray)
 
 # Model types whose MLP is up and down; all others here have a gate beside up.
 _UNGATED = {"phi"}
-_NEEDED: tuple[str, ...] = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-_NEEDED += ("num_key_value_heads", "vocab_size", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
@@ -86,8 +79,8 @@ def sample_flops(
 def llm_shape(config: Config) -> dict[str, Any]:
     """The LLM's shape, with every field that counting needs. Raises ConfigError for all that are missing."""
     shape = load_shape(config.llm.shape)
-    if missing := [field for field in _NEEDED if field not in shape]:
-        raise ConfigError(f"llm.shape of {config.llm.label} lacks {', '.join(missing)}: see its config.json.")
+    if problems := list(llm_problems(shape)):
+        raise ConfigError(join_problems(problems))
     return shape
 
 

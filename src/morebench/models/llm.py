@@ -1,11 +1,12 @@
 """Causal language models of transformers, loaded from local safetensors only."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -15,12 +16,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from morebench.config.compose import load_shape
 from morebench.config.schema import LLM
-from morebench.errors import WeightsError, join_problems
+from morebench.errors import ConfigError, WeightsError, join_problems
 from morebench.models.attention import VARLEN
+from morebench.models.vision_names import unknown
+from morebench.models.weights import is_lfs_pointer
 
+# Starting values and bookkeeping: they change nothing once weights are loaded.
+_WITHOUT_EFFECT = {"initializer_range", "use_cache", "pretraining_tp", "rope_theta", "rope_scaling"}
+_WITHOUT_EFFECT |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
 # Fields that transformers folds into `rope_parameters`, whatever a published config.json calls them.
 _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 
@@ -29,35 +36,75 @@ def llm_config(shape: Mapping[str, Any]) -> PretrainedConfig:
     """Ids of special tokens belong to the tokenizer: those the shape does not name stay None.
 
     transformers' defaults for them are the first model's of the family, often beyond a smaller vocabulary.
+    Raises ConfigError for a shape that is none of a causal LM.
     """
+    model_type = str(shape.get("model_type"))
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(unknown(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "no causal LM is a"))
     fields = {key: value for key, value in shape.items() if key != "model_type"}
-    unknown = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return AutoConfig.for_model(shape["model_type"], **{**unknown, **fields})
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    try:
+        return AutoConfig.for_model(model_type, **{**special, **fields})
+    except Exception as error:  # each of some hundred classes validates in its own way
+        raise ConfigError(f"llm.shape is no {model_type}: {_last_line(error)}") from error
 
 
 def load_llm(config: LLM, folder: Path | None, dtype: torch.dtype) -> PreTrainedModel:
     """The LLM with packed attention. `folder` None: random weights of the shape.
 
-    Raises WeightsError if the folder's config.json differs from the shape, or has no safetensors.
+    Raises ConfigError for a shape that nothing can be built from, WeightsError if the folder's config.json
+    differs from the shape, or its tensors are not those of the LLM.
     """
     expected = llm_config(load_shape(config.shape))
     if folder is None:
-        return _without_padding(
-            AutoModelForCausalLM.from_config(expected, dtype=dtype, attn_implementation=VARLEN)
-        )
+        try:
+            llm = AutoModelForCausalLM.from_config(expected, dtype=dtype, attn_implementation=VARLEN)
+        except Exception as error:  # as above
+            raise ConfigError(f"No LLM can be built from llm.shape: {_last_line(error)}") from error
+        return _without_padding(llm)
     check_config(
         load_shape(config.shape),
         folder,
         f"conf/shapes/{config.shape}" if isinstance(config.shape, str) else "llm.shape",
     )
-    if not any(folder.glob("*.safetensors")):
+    check_files(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=VARLEN,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"The weights in {folder} cannot be read: {_last_line(error)}") from error
+    llm, report = loaded
+    problems = [f"{key}: missing" for key in sorted(report["missing_keys"])]
+    problems += [f"{key}: in the files, but the LLM has no place for it" for key in report["unexpected_keys"]]
+    problems += [
+        f"{key}: {list(found)} in the files, {list(wanted)} in the LLM"
+        for key, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    if problems:
+        raise WeightsError(
+            join_problems([f"The weights in {folder} do not fit their config.json:", *problems])
+        )
+    return _without_padding(llm)
+
+
+def check_files(folder: Path) -> None:
+    """Raises one WeightsError if there is no safetensors file, or a pointer of git-LFS stands for one."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise WeightsError(
             f"{folder} has no *.safetensors file. Only safetensors are read; convert it first."
         )
-    llm = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=VARLEN, use_safetensors=True, local_files_only=True
-    )
-    return _without_padding(llm)
+    if pointers := [path.name for path in [*files, *folder.glob("*.json")] if is_lfs_pointer(path)]:
+        raise WeightsError(
+            f"{folder}: {', '.join(pointers)} is a pointer of git-LFS, not the file. Run: git lfs pull"
+        )
 
 
 def _without_padding(llm: PreTrainedModel) -> PreTrainedModel:
@@ -77,10 +124,17 @@ def check_config(shape: Mapping[str, Any], folder: Path, where: str) -> None:
     """
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} has no config.json, so it is not a folder of transformers weights.")
-    found = AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        found = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each of some hundred classes validates in its own way
+        raise WeightsError(f"{folder / 'config.json'} is no config: {_last_line(error)}") from error
     problems = [
         f"{field}: {where} says {wanted}, {folder / 'config.json'} says {got}"
         for field, wanted, got in shape_differences(shape, found)
+    ]
+    problems = problems or [
+        f"{field}: not in {where}, so {wanted}; {folder / 'config.json'} says {got}"
+        for field, wanted, got in _differences_beyond(shape, found)
     ]
     if problems:
         raise WeightsError(
@@ -92,8 +146,25 @@ def check_config(shape: Mapping[str, Any], folder: Path, where: str) -> None:
 
 def shape_differences(shape: Mapping[str, Any], found: PretrainedConfig) -> Iterator[tuple[str, Any, Any]]:
     """(field, value in `shape`, value found) of every field of `shape` that `found` contradicts."""
+    yield from _differences(
+        shape, found, {"rope_parameters" if key in _ROPE_FIELDS else key for key in shape}
+    )
+
+
+def _differences_beyond(shape: Mapping[str, Any], found: PretrainedConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The same for fields of the architecture that the shape leaves to transformers' defaults."""
+    if found.model_type != shape["model_type"]:
+        return
+    own = type(found)().to_dict().keys() - PretrainedConfig().to_dict().keys()
+    named = {"rope_parameters" if key in _ROPE_FIELDS else key for key in shape}
+    yield from _differences(shape, found, own - named - _WITHOUT_EFFECT)
+
+
+def _differences(
+    shape: Mapping[str, Any], found: PretrainedConfig, fields: Iterable[str]
+) -> Iterator[tuple[str, Any, Any]]:
     expected = llm_config(shape)
-    for field in sorted({"rope_parameters" if key in _ROPE_FIELDS else key for key in shape}):
+    for field in sorted(fields):
         wanted, got = getattr(expected, field, None), getattr(found, field, None)
         if wanted != got:
             yield field, wanted, got
@@ -104,7 +175,10 @@ def load_tokenizer(config: LLM, folder: Path) -> PreTrainedTokenizerFast:
 
     Raises WeightsError if that token is missing or the tokenizer has more ids than the LLM has rows.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a damaged or missing file leads to
+        raise WeightsError(f"The tokenizer in {folder} cannot be read: {_last_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise WeightsError(
             f"{folder} has only a slow tokenizer ({type(tokenizer).__name__}); a fast one is needed."
@@ -132,3 +206,9 @@ def _pads_there_are(tokenizer: PreTrainedTokenizerFast) -> str:
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     like = [token for token in added if re.search(r"pad|unk|end_?of_?text|reserved", token)][:8]
     return f"{owned}; tokens that would do: {', '.join(map(repr, like)) or 'none found'}."
+
+
+def _last_line(error: Exception) -> str:
+    """The reason stands at the end of what transformers and its validators say."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from morebench.config.schema import Step
 from morebench.errors import WeightsError, join_problems
+from morebench.models.weights import is_lfs_pointer
 
 # In order of preference: safetensors before pickles, a whole model before a projector alone.
 _WHOLE = (
@@ -50,8 +51,14 @@ def find_files(folder: Path) -> CheckpointFiles:
         raise WeightsError(join_problems(problems))
     names = [found]
     if found.endswith(".index.json"):
-        names += sorted(set(_read_json(folder / found).get("weight_map", {}).values()))
-        if len(names) == 1 or any(Path(name).name != name for name in names):
+        weight_map = _read_json(folder / found).get("weight_map")
+        named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        names += sorted({name for name in named if isinstance(name, str)})
+        if (
+            not all(isinstance(name, str) for name in named)
+            or len(names) == 1
+            or any(Path(name).name != name for name in names)
+        ):
             problems.append(f"{folder / found}: expected weight_map: tensor -> file in the same folder.")
         problems += [
             f"{folder / name}: named by {found}, but missing."
@@ -74,15 +81,20 @@ def map_tensors(files: CheckpointFiles) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
     for path in files.weights:
+        if is_lfs_pointer(path):
+            problems.append(f"{path} is a pointer of git-LFS, not the file. Run: git lfs pull")
+            continue
         try:
             content = _map_safetensors(path) if path.suffix == ".safetensors" else _map_pickle(path)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        except Exception as error:  # what torch.load makes of a file that is no pickle knows no limits
             problems.append(f"{path}: {_unreadable(path, error)}")
             continue
         problems += [f"{name}: in {path} and in another file." for name in content.keys() & tensors.keys()]
         for name, value in content.items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                tensors[name] = value
+                tensors[str(name)] = value
+                if not value.isfinite().all():
+                    problems.append(f"{name}: holds NaN or infinite values in {path}.")
             else:
                 kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 problems.append(f"{name}: expected a floating-point tensor in {path}, found {kind}.")

@@ -70,7 +70,9 @@ def _read_run(run: Path) -> Config:
     except ValueError as error:
         raise RunError(f"{run / 'manifest.json'} is damaged: {error}") from error
     if step != "finetune":
-        raise RunError(f"{run} is a {step} run; a model is exported from its finetune run (parents.json).")
+        raise RunError(
+            f"{run} is the {step} step of a cell; a model is exported from its finetune run (parents.json)."
+        )
     config = load_config(run / "config.yaml")
     files = [f"{part.name}.safetensors" for part in _trained(config)]
     if missing := [name for name in files if not (run / name).is_file()]:

@@ -49,6 +49,13 @@ def _source_hash(package: str) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """A clone without git-LFS leaves a few lines of text where the weights should be."""
+    if path.stat().st_size > 1024:
+        return False
+    return path.read_bytes().startswith(b"version https://git-lfs")
+
+
 def starting_weights(config: Config) -> dict[Part, Path]:
     """The folders of the LLM's and the vision encoder's weights. Raises one WeightsError for all missing."""
     found, problems = {}, []

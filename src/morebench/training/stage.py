@@ -109,23 +109,29 @@ def make_stage(config: Config, step: Step, parents: Mapping[Step, Path]) -> Stag
     Raises ConfigError, DataError, WeightsError.
     """
     recipe, data = recipe_of(config, step)
-    check_max_length(config.llm, recipe.max_length, f"stage.{step.name}.max_length")
+    for one in (Step.pretrain, Step.finetune):  # the later step too, before the first takes hours
+        check_max_length(config.llm, recipe_of(config, one)[0].max_length, f"stage.{one.name}.max_length")
     checked = open_data(data, config.paths, config.on_bad_image)
     weights = starting_weights(config)
     if step is Step.finetune:
         weights[Part.projector] = parents[Step.pretrain] / f"{Part.projector.name}.safetensors"
     tokenizer = load_tokenizer(config.llm, weights[Part.llm])
-    chat = ChatFormat.from_dict(load_chat_format(recipe.chat_format or config.llm.chat_format))
-    chat.check(tokenizer)
+    for one in (Step.pretrain, Step.finetune):
+        _chat_format(config, one).check(tokenizer)
     return Stage(
         config=config,
         recipe=recipe,
         data=checked,
         weights=weights,
         tokenizer=tokenizer,
-        chat=chat,
+        chat=_chat_format(config, step),
         mllm=build_mllm(config, weights, recipe.precision, recipe.trainable),
     )
+
+
+def _chat_format(config: Config, step: Step) -> ChatFormat:
+    recipe, _ = recipe_of(config, step)
+    return ChatFormat.from_dict(load_chat_format(recipe.chat_format or config.llm.chat_format))
 
 
 def recipe_of(config: Config, step: Step) -> tuple[TrainRecipe, TrainingData]:
