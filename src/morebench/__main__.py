@@ -6,7 +6,7 @@ import sys
 
 from morebench.errors import EXIT_USER
 
-VERBS = ("train", "plan", "status", "check", "evaluate", "report", "convert", "track")
+VERBS = ("train", "plan", "status", "check", "evaluate", "report", "convert", "track", "data")
 
 
 def main() -> None:
@@ -19,8 +19,9 @@ def main() -> None:
         hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(VERBS)}."
         print(f"error: {verb}: no such verb. {hint}", file=sys.stderr)
         raise SystemExit(EXIT_USER)
-    module = importlib.import_module(f"morebench.{verb}")
-    if verb == "train":
+    package = verb == "data"  # its verbs have a door of their own
+    module = importlib.import_module(f"morebench.{verb}{'.__main__' if package else ''}")
+    if verb == "train" or package:
         module.main()
     else:
         from morebench import entry
