@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_the_subset_does_not_depend_on_shards_order_or_workers(
 ) -> None:
     folder = tmp_path_factory.mktemp("cut")
     edges = [0, *sorted(cuts), len(SAMPLES)]
-    for number, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (first, end) in enumerate(pairwise(edges)):
         rows = [SAMPLES[at] for at in order[first:end]]
         write_tar(folder / "in" / f"part{number % 2}" / f"{number}.tar", rows)
     with pytest.MonkeyPatch.context() as patch:
@@ -269,8 +270,29 @@ def test_a_mix_has_half_of_each_and_no_image_twice(tmp_path: Path) -> None:
     assert [one["id"].split("_")[0] for one in found] == ["laion"] * 16 + ["recap"] * 15
     assert len({one["image"] for one in found}) == len({one["id"] for one in found}) == 31
     assert manifest["sources"]["recap"]["left_out"]["in_other_source"] > 0
-    with pytest.raises(DataError, match=r"n=33\b"):  # 17 and 16: with 20 there are no more
+    with pytest.raises(DataError, match=r"n=25\b"):  # behind all 20 of the first, 12 of the second are left
         built(tmp_path / "more", *sources, n=60)
+    built(tmp_path / "more", *sources, n=25)
+
+
+def test_large_shards_are_read_by_processes(
+    expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        write_tar(tmp_path / "in" / f"{number}.tar", SAMPLES[number::3])
+    monkeypatch.setattr("morebench.data.subset.scan.WORTH_PROCESSES", 0)
+    built(tmp_path / "out", source(tmp_path / "in"), n=12, workers=3)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_linked_folders_are_followed_once_and_tables_of_a_build_are_no_input(tmp_path: Path) -> None:
+    write_tar(tmp_path / "elsewhere" / "0.tar", pairs(8))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in")
+    with pytest.raises(DataError):
+        built(tmp_path / "in" / "out", source(tmp_path / "in"), n=9)
+    assert len(source(tmp_path / "in").shards) == 1
 
 
 KILLED = """
@@ -291,38 +313,37 @@ main(sys.argv[1:])
 """
 
 DEATHS = [
-    ("scan", "", "scan_tar", 2),
-    ("scan", "Path.", "replace", 2),
-    ("look", "Path.", "replace", 6),
-    ("journal", "json.", "dumps", 7),
-    ("build", "", "_remove_surplus", 1),
-    ("build", "json.", "dumps", 12),
-    ("build", "shutil.", "rmtree", 1),
+    ("scan", "", "scan_tar", 2, 1),
+    ("scan", "Path.", "replace", 2, 0),
+    ("look", "Path.", "replace", 9, 3),
+    ("journal", "json.", "dumps", 7, 3),
+    ("build", "", "_remove_surplus", 1, 3),
+    ("build", "json.", "dumps", 12, 3),
+    ("build", "shutil.", "rmtree", 1, 3),
 ]
 
 
-@pytest.mark.parametrize(("module", "owner", "name", "after"), DEATHS)
+@pytest.mark.parametrize(("module", "owner", "name", "after", "finished"), DEATHS)
 def test_a_killed_build_ends_in_the_same_bytes(
-    tmp_path: Path, module: str, owner: str, name: str, after: int
+    tmp_path: Path, module: str, owner: str, name: str, after: int, finished: int
 ) -> None:
     for number in range(3):
         write_tar(tmp_path / "in" / f"{number}.tar", pairs(8, number))
     arguments = ["build", "source=recap", f"input={tmp_path}/in", "n=10", "workers=2"]
+    script = KILLED.format(module=module, owner=owner, name=name, after=after)
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED.format(module=module, owner=owner, name=name, after=after)]
-        + [*arguments, f"paths.data={tmp_path}/killed"],
+        [sys.executable, "-c", script, *arguments, f"paths.data={tmp_path}/killed"],
         capture_output=True,
         text=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    scanned = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("shards/*.json")}
+    assert len(list((tmp_path / "killed").rglob("shards/*.json"))) == finished
     command.command([*arguments[1:], f"paths.data={tmp_path}/killed"])
     command.command([*arguments[1:], f"paths.data={tmp_path}/whole"])
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     manifests = [(tmp_path / one / "recap_558k/manifest.json").read_bytes() for one in ("killed", "whole")]
     assert manifests[0] == manifests[1]
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["recap_558k"]
-    assert len(scanned) == (1 if module == "scan" else 0 if name == "rmtree" and not scanned else 3)
 
 
 def test_finished_shards_and_images_are_not_read_again(
@@ -370,7 +391,7 @@ def test_unknown_columns_are_named_with_those_there_are(tmp_path: Path) -> None:
         (["source=recap"], ["input=... is missing"]),
         (
             ["source=laion_recap", "input.laion=/nowhere", "n=1", "seed=-1", "colour=red"],
-            ["/nowhere: no such", "input.recap=... is missing", "n=1", "seed=-1", "colour"],
+            ["/nowhere: No such", "input.recap=... is missing", "n=1", "seed=-1", "colour"],
         ),
         (["source=recap", "input=/", "input=/"], ["there twice"]),
         (["source=recap", "input=/nowhere", "paths.dta=/x"], ["paths.dta"]),
@@ -405,7 +426,7 @@ def test_the_command_as_typed(tmp_path: Path, door: list[str]) -> None:
             [sys.executable, *door, *arguments], capture_output=True, text=True, env=environment
         )
 
-    done = typed("build", "source=recap", "input=my shards", "n=4")
+    done = typed("build", "source=recap", "input=their shards", "n=4")
     assert done.returncode == 2
     done = typed("build", "source=recap", f"input={tmp_path}/my shards", "n=4")
     assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from morebench.config.compose import Override, compose_config, parse_overrides
+from morebench.config.compose import compose_config
 from morebench.config.overrides import check
 from morebench.config.schema import Config
 from morebench.data.subset.build import Request, build, tell
@@ -44,13 +44,13 @@ _PER_SOURCE = ("input", "images", "columns.id", "columns.caption", "columns.imag
 
 
 def command(arguments: Sequence[str]) -> None:
-    given, rest = _split(parse_overrides(arguments))
+    given, texts = _split(arguments)
     name = given.pop("source", [""])[0]
     if name not in SOURCES:
         near = get_close_matches(name, SOURCES, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(SOURCES)}."
         raise ConfigError(f"source={name or '...'}: expected one of the known sources. {hint}")
-    texts = [f"pretrain_data={name}", *(override.text for override in rest)]
+    texts = [f"pretrain_data={name}", *texts]
     check(texts, multirun=False)
     config = compose_config(texts).config
     problems: list[str] = []
@@ -81,21 +81,21 @@ def command(arguments: Sequence[str]) -> None:
     _print(manifest, request, config, was_there)
 
 
-def _split(parsed: Sequence[Override]) -> tuple[dict[str, list[str]], list[Override]]:
-    """Values by key of what is ours, and what is the config's."""
+def _split(arguments: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Values by key of what is ours, and the overrides of the config; Hydra's grammar is for these alone."""
     ours: dict[str, list[str]] = {}
     rest, problems = [], []
-    for override in parsed:
-        if override.problem:
-            problems.append(override.problem)
-        elif override.key.split(".")[0] in ("paths", "pretrain_data"):
-            rest.append(override)
-        elif override.key in ours:
-            problems.append(f"{override.text}: {override.key} is there twice.")
+    for text in arguments:
+        key, equals, value = text.partition("=")
+        if key.split(".")[0] in ("paths", "pretrain_data"):
+            rest.append(text)
+        elif not equals or not value:
+            problems.append(f"{text!r}: expected KEY=VALUE.")
+        elif key in ours:
+            problems.append(f"{text}: {key} is there twice.")
         else:
-            ours[override.key] = [value.strip("'\"") for value in override.values]
-            if len(override.values) != 1 and override.key.split(".")[0] != "input":
-                problems.append(f"{override.text}: expected one value.")
+            is_list = key.split(".")[0] == "input" and not Path(value).expanduser().exists()
+            ours[key] = value.split(",") if is_list else [value]
     if problems:
         raise ConfigError(join_problems(problems))
     return ours, rest

@@ -145,7 +145,9 @@ def _check_enough(request: Request, scans: Sequence[Sequence[Scanned]], draws: S
         return
     # k sources share n as evenly as can be: the source at place i can fill its part up to k * taken + i
     usable = min(len(draws) * one.num_taken + place for place, one in enumerate(draws))
-    advice = f"Give more shards or images, or ask for less: n={usable}" if usable else "Give other shards"
+    advice = (
+        f"Give more shards or images, or ask for less: n={usable} is there" if usable else "Give other shards"
+    )
     raise DataError("\n".join(["too few usable samples.", *lines, advice + "."]))
 
 

@@ -21,6 +21,7 @@ from morebench.errors import ConfigError, join_problems
 from morebench.progress import Progress
 
 VERSION = 1
+SUFFIX = ".candidates"  # parquet, but never taken for a shard where a build lies in its own input
 WORTH_PROCESSES = 2**26  # bytes of shards; fewer are read before a process has started
 
 
@@ -44,7 +45,7 @@ def scan(source: Source, seed: int, folder: Path, workers: int) -> list[Scanned]
         problems = [column_problem(shard.path, source.columns) for shard in source.shards]
         _raise(problem for problem in problems if problem)
     folder.mkdir(parents=True, exist_ok=True)
-    tables = {shard: folder / f"{_digest(shard, source.columns, seed)}.parquet" for shard in source.shards}
+    tables = {shard: folder / f"{_digest(shard, source.columns, seed)}{SUFFIX}" for shard in source.shards}
     found = {shard: known for shard, table in tables.items() if (known := _known(shard, table)) is not None}
     todo = [shard for shard in source.shards if shard not in found]
     work = partial(_scan, columns=source.columns, seed=seed)

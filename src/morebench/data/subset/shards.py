@@ -51,15 +51,10 @@ def find_shards(inputs: Sequence[Path], images: Path | None) -> tuple[Shard, ...
     img2dataset writes a parquet file beside every tar. Without `images` the tars are meant, with it the
     others.
     """
-    found: list[Shard] = []
-    for given in inputs:
-        if not given.exists():
-            return f"{given}: no such file or folder; expected .tar or .parquet shards."
-        paths = [given] if given.is_file() else sorted(_below(given))
-        for path in paths:
-            name = given.name if path == given else f"{given.name}/{path.relative_to(given).as_posix()}"
-            stat = path.stat()
-            found.append(Shard(path.resolve(), name, stat.st_size, stat.st_mtime_ns))
+    try:
+        found = [shard for given in inputs for shard in _shards_of(given)]
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}; expected .tar or .parquet shards."
     found = list({shard.path: shard for shard in found if shard.path.suffix in SUFFIXES}.values())
     tars = [shard for shard in found if shard.is_tar]
     chosen = tars if tars and images is None else [shard for shard in found if not shard.is_tar]
@@ -71,10 +66,28 @@ def find_shards(inputs: Sequence[Path], images: Path | None) -> tuple[Shard, ...
     return f"{where}: no .tar or .parquet shards there; compressed tars must be unpacked to .tar first."
 
 
+def _shards_of(given: Path) -> list[Shard]:
+    given.stat()
+    shards = []
+    for path in [given] if given.is_file() else sorted(_below(given)):
+        name = given.name if path == given else f"{given.name}/{path.relative_to(given).as_posix()}"
+        stat = path.stat()
+        shards.append(Shard(path.resolve(), name, stat.st_size, stat.st_mtime_ns))
+    return shards
+
+
 def _below(folder: Path) -> list[Path]:
-    return [
-        Path(parent) / name
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.endswith(SUFFIXES) and (Path(parent) / name).is_file()
-    ]
+    """Follows links, every folder once. Raises OSError for one that cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [Path(parent) / name for name in names if name.endswith(SUFFIXES)]
+    return [path for path in found if path.is_file()]
