@@ -308,8 +308,13 @@ def dying(*args, **kwargs):
 module.{owner}{name} = dying
 module_draw = __import__("morebench.data.subset.draw", fromlist=["x"])
 module_draw.CHUNK = 4
-from morebench.data.__main__ import main
-main(sys.argv[1:])
+from pathlib import Path
+from morebench.data.subset.build import Request, build
+from morebench.data.subset.shards import Columns, Source, find_shards
+folder = Path(sys.argv[1])
+columns = Columns(id=None, caption=("re_caption",))
+source = Source("recap", find_shards([folder / "in"], None), None, columns)
+build(Request(folder / "killed", "records.json", "images", (source,), 10, 0, {{"n": 10, "seed": 0}}), 2)
 """
 
 DEATHS = [
@@ -329,21 +334,20 @@ def test_a_killed_build_ends_in_the_same_bytes(
 ) -> None:
     for number in range(3):
         write_tar(tmp_path / "in" / f"{number}.tar", pairs(8, number))
-    arguments = ["build", "source=recap", f"input={tmp_path}/in", "n=10", "workers=2"]
     script = KILLED.format(module=module, owner=owner, name=name, after=after)
     killed = subprocess.run(
-        [sys.executable, "-c", script, *arguments, f"paths.data={tmp_path}/killed"],
+        [sys.executable, "-c", script, str(tmp_path)],
         capture_output=True,
         text=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(list((tmp_path / "killed").rglob("shards/*.json"))) == finished
-    command.command([*arguments[1:], f"paths.data={tmp_path}/killed"])
-    command.command([*arguments[1:], f"paths.data={tmp_path}/whole"])
+    assert len(list((tmp_path / "killed.building").glob("shards/*.json"))) == finished
+    for folder in ("killed", "whole"):
+        built(tmp_path / folder, source(tmp_path / "in"), n=10)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    manifests = [(tmp_path / one / "recap_558k/manifest.json").read_bytes() for one in ("killed", "whole")]
+    manifests = [(tmp_path / one / "manifest.json").read_bytes() for one in ("killed", "whole")]
     assert manifests[0] == manifests[1]
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["recap_558k"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "killed", "whole"]
 
 
 def test_finished_shards_and_images_are_not_read_again(

@@ -29,7 +29,8 @@ def in_rank_order(scanned: Sequence[Scanned], wanted: int, chunk: int) -> Iterat
     num_waves = max(1, -(-total // size))
     for wave in range(num_waves):
         first, end = RANKS * wave // num_waves, RANKS * (wave + 1) // num_waves
-        table = pa.concat_tables([_read(one, number, first, end - 1) for number, one in enumerate(scanned)])
+        parts = [_read(one, number, first, end - 1) for number, one in enumerate(scanned)]
+        table = pa.concat_tables(parts).combine_chunks()
         order = pc.sort_indices(table, [(key, "ascending") for key in ("rank", "rest", "tie")])
         for start in range(0, len(order), chunk):
             yield table.take(order[start : start + chunk]).to_pylist()

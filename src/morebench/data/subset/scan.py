@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
@@ -17,7 +18,7 @@ from morebench.data.subset.candidates import CandidateWriter
 from morebench.data.subset.parquet import column_problem, scan_parquet
 from morebench.data.subset.shards import Columns, Shard, Source
 from morebench.data.subset.tar import scan_tar
-from morebench.errors import ConfigError, join_problems
+from morebench.errors import ConfigError, RunError, join_problems
 from morebench.progress import Progress
 
 VERSION = 1
@@ -84,6 +85,11 @@ def _run(
         try:
             for job in as_completed(jobs):
                 yield job.result()
+        except BrokenProcessPool:
+            raise RunError(
+                "a process that reads shards was ended from outside, for want of memory perhaps. "
+                "Type the command again with workers=1; finished shards are kept."
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
