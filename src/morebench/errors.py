@@ -1,6 +1,9 @@
 """Errors a user can act on. The commands print them without a traceback and exit with their code."""
 
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_FAILED = 1  # worth a retry
@@ -56,6 +59,19 @@ class Interrupted(MorebenchError):
     """Asked to stop by a signal; the state was saved and the next start continues from it."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """For work whose finished parts lie in `folder`, so that the same command goes on after any of these."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command goes on from here.") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskFullError(f"no space left in {folder}. Make room; the same command goes on.") from error
+        raise RunError(f"{error.filename or folder}: {error.strerror or error}.") from error
 
 
 def join_problems(problems: Iterable[str], limit: int = 20) -> str:

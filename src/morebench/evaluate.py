@@ -4,7 +4,7 @@
     python -m morebench.evaluate golden=DIR
 
 run=ID: the run's own config says what the model is and, unless overridden, which suite it answers; what may
-be overridden is suite, stage.evaluate, trainer, tracking, paths and on_bad_image. Everything else is
+be overridden is suite, stage.evaluate, trainer, tracking, paths, unchecked_data and max_quarantined. Everything else is
 `python -m morebench.train stage=evaluate parent=ID OVERRIDE ...`, and whole cells are evaluated by
 `python -m morebench.train [-m] stage=evaluate OVERRIDE ...`, which runs missing parents first.
 
@@ -28,7 +28,7 @@ from morebench.config.schema import AXES, Step
 from morebench.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError, join_problems
 
 _SHOWN = 5  # differences printed per file
-_MACHINE = ("paths", "trainer", "tracking", "on_bad_image")  # of this start, not of the one that trained
+_MACHINE = ("paths", "trainer", "tracking", "unchecked_data", "max_quarantined")  # of this start, not of the one that trained
 _OVERRIDABLE = ("suite", "stage.evaluate", *_MACHINE)
 
 

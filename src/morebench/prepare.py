@@ -1,4 +1,4 @@
-"""Build the data and the tiny parts that cells start from and that are not here yet."""
+"""Build the data and the tiny parts that cells start from and that are not here yet; check data where told."""
 
 import multiprocessing
 import os
@@ -11,23 +11,31 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from morebench.config.compose import build
-from morebench.config.schema import Config, TaskData, Tracking, TrainingData
-from morebench.errors import ConfigError, RunError
+from morebench.config.schema import Config, TaskData, Tracking, TrainingData, UncheckedData
+from morebench.data.checked import Status, changed_images_problem, data_state, open_checked
+from morebench.data.checked import told as told_counts
+from morebench.data.checking.check import check_data
+from morebench.errors import ConfigError, DataError, RunError, join_problems, resumable
 from morebench.models.weights import built_folder
 
 
 def prepare(configs: Iterable[Config]) -> None:
     """Call every `build` recipe whose folder does not exist, one process each, as many as there are cores.
 
-    Raises ConfigError or RunError before anything is built when no run could start afterwards.
+    What was built here, or is not checked where `unchecked_data=check`, is then checked. Raises ConfigError or
+    RunError before anything is built when no run could start afterwards, DataError for data that cannot be
+    checked.
     """
     configs = list(configs)
     for config in configs:
         check_tracking(config.tracking)
         check_writable(Path(config.paths.runs))
-    missing = {folder: recipe for folder, recipe in _recipes(configs) if not folder.exists()}
-    if not missing:
-        return
+    if missing := {folder: recipe for folder, recipe in _recipes(configs) if not folder.exists()}:
+        _build_all(missing)
+    _check_data(configs)
+
+
+def _build_all(missing: Mapping[Path, Mapping[str, Any]]) -> None:
     print(f"building {', '.join(folder.name for folder in missing)}", file=sys.stderr)
     context = multiprocessing.get_context("spawn")
     begun = time.monotonic()
@@ -36,6 +44,44 @@ def prepare(configs: Iterable[Config]) -> None:
         for job in as_completed(jobs):
             job.result()
             print(f"built {jobs[job].name} after {time.monotonic() - begun:.0f} s", file=sys.stderr)
+
+
+def _check_data(configs: Sequence[Config]) -> None:
+    """Stale data that was built here is not looked at: somebody has changed it."""
+    todo = {}
+    for config in configs:
+        for data in (config.pretrain_data, config.finetune_data):
+            status = data_state(data, config.paths).status
+            own = data.build is not None and status is Status.unchecked
+            told = config.unchecked_data is UncheckedData.check
+            if own or (told and status in (Status.unchecked, Status.stale)):
+                todo[data.folder, data.records] = data, config.paths
+    problems = []
+    for data, paths in todo.values():
+        try:
+            with resumable(Path(paths.checks)):
+                manifest = check_data(data, paths, os.cpu_count() or 1, _say).data.manifest
+            left_out = f": {told_counts(manifest.quarantined)}" if manifest.quarantined else ""
+            _say(f"checked {data.label}: {manifest.num_quarantined:,} of {manifest.num_records:,} quarantined{left_out}")
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(join_problems(problems))
+
+
+def changed_data(configs: Iterable[Config]) -> list[str]:
+    """A sentence for every checked data set whose images are no longer those that were checked."""
+    distinct = {
+        (data.folder, data.records): (data, config.paths)
+        for config in configs
+        for data in (config.pretrain_data, config.finetune_data)
+        if data_state(data, config.paths).status is Status.checked
+    }
+    problems = []
+    for data, paths in distinct.values():
+        if changed := open_checked(data, paths).changed_images():
+            problems.append(changed_images_problem(data, changed))
+    return problems
 
 
 def check_tracking(tracking: Tracking) -> None:
@@ -71,6 +117,10 @@ def _recipes(configs: Sequence[Config]) -> Iterator[tuple[Path, Mapping[str, Any
         for data in [config.pretrain_data, config.finetune_data, *tasks]:
             if data.build is not None:
                 yield Path(config.paths.data) / data.folder, data.build
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _one_thread() -> None:

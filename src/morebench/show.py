@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from morebench.errors import EXIT_DONE
+from morebench.data.checked import DataState, Status
 from morebench.matrix import ledger
 from morebench.matrix.cell import CHAIN
 from morebench.matrix.launch import Outcome
@@ -45,10 +46,36 @@ def print_plan(plan: Plan, file: TextIO = sys.stdout) -> None:
             console.print(escape(f"  {part}: {place}"), highlight=False, soft_wrap=True)
     done = len(plan.runs) - len(plan.todo())
     console.print(f"{len(plan.cells)} cells, {len(plan.runs)} runs: {done} done, {len(plan.todo())} to do.")
+    console.print(_data_table(plan.data))
+    for sentence in plan.unusable_data:
+        console.print(f"[red]Cannot be trained on:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
     if plan.missing_sources:
         console.print("Not on this machine, so that run ids are provisional:")
         for sentence in plan.missing_sources:
             console.print(f"  {escape(sentence)}", highlight=False, soft_wrap=True)
+
+
+def _data_table(states: Sequence[DataState]) -> Table:
+    """One row for every manifest of training data that the plan rests on."""
+    table = Table(box=None, header_style="bold")
+    for column in ("training data", "records", "samples", "quarantined", "images", "checked", "content"):
+        table.add_column(column, justify="right" if column in ("records", "samples", "images") else "left")
+    for state in states:
+        manifest = state.manifest
+        if manifest is None or state.status is not Status.checked:
+            table.add_row(escape(state.data.label), *[""] * 4, f"[yellow]{state.status.value}[/]", "")
+            continue
+        share = f" ({manifest.quarantined_share:.3%})" if manifest.num_quarantined else ""
+        table.add_row(
+            escape(state.data.label),
+            f"{manifest.num_records:,}",
+            f"{manifest.num_samples:,}",
+            f"{manifest.num_quarantined:,}{share}",
+            f"{manifest.num_images:,}",
+            manifest.checked[:10],
+            manifest.content_hash[:12],
+        )
+    return table
 
 
 def print_failures(plan: Plan, file: TextIO = sys.stdout) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from morebench.config.compose import CONF_DIR, CONFIG_DIR_VARIABLE, Composed, register
 from morebench.config.overrides import check
 from morebench.entry import fail
-from morebench.errors import EXIT_DONE, EXIT_FAILED, MorebenchError, WeightsError, join_problems
+from morebench.errors import EXIT_DONE, EXIT_FAILED, DataError, MorebenchError, join_problems
 
 
 def launch_cells(job_overrides: Sequence[Sequence[str]], options: Mapping[str, Any]) -> int:
@@ -20,17 +20,19 @@ def launch_cells(job_overrides: Sequence[Sequence[str]], options: Mapping[str, A
 
 def launch(composed: Sequence[Composed], options: Mapping[str, Any]) -> int:
     """Plan the cells, run what is missing, print where everything stands; returns the exit code."""
+    from morebench.config.schema import Step
     from morebench.matrix.cell import cells_of
     from morebench.matrix.launch import launch_local
     from morebench.matrix.plan import make_plan
-    from morebench.prepare import prepare
+    from morebench.prepare import changed_data, prepare
     from morebench.show import print_outcomes, print_plan
 
     cells = cells_of(composed)
     prepare([cell.config for cell in cells])
     plan = make_plan(cells)
-    if plan.missing_sources:
-        raise WeightsError(join_problems(plan.missing_sources))
+    reads_data = [run.cell.config for run in plan.todo() if run.step is not Step.evaluate]
+    if problems := [*plan.missing_sources, *plan.unusable_data, *changed_data(reads_data)]:
+        raise DataError(join_problems(problems))
     print_plan(plan, sys.stderr)
     outcomes = launch_local(plan, options.get("n_jobs"))
     print_outcomes(plan, outcomes, sys.stderr)

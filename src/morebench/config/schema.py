@@ -68,11 +68,11 @@ class Precision(Enum):
     bf16 = "bf16"  # autocast; trained parameters keep fp32 master copies
 
 
-class ImagePolicy(Enum):
-    """What a missing or undecodable training image does."""
+class UncheckedData(Enum):
+    """What a train step does about data that `morebench.data check` has not seen as it is now."""
 
-    error = "error"
-    quarantine = "quarantine"  # leave the sample out of every cell, count it, name it in the manifest
+    refuse = "refuse"
+    check = "check"  # first, and then go on
 
 
 class Profile(Enum):
@@ -134,7 +134,9 @@ class TrainingData:
     folder: str = unidentified()  # below paths.data; the content is hashed, its place is not
     records: str = unidentified()  # JSON list in `folder`
     images: str = unidentified()  # folder in `folder` that the records' image paths are relative to
-    num_samples: int | None  # as published; another count is an error
+    allowed_links: list[str] = unidentified()  # folders outside `images` that links in it may lead below
+    also_quarantine: list[str] = unidentified()  # kinds of findings that are otherwise counted and kept
+    num_samples: int | None  # records, as published; another count is an error
     build: dict[str, Any] | None  # recipe that makes the files when they are missing
 
 
@@ -255,6 +257,7 @@ class Paths:
     cache: str
     runs: str
     reports: str
+    checks: str  # what `morebench.data check` found: <checks>/<folder>/<records>/
 
 
 @dataclass(kw_only=True)
@@ -271,7 +274,8 @@ class Config:
     tracking: Tracking
     paths: Paths
     seed: int = bounded(0, 2**32 - 1)
-    on_bad_image: ImagePolicy
+    unchecked_data: UncheckedData
+    max_quarantined: float = bounded(0, 1)  # share of a data set's records; above it no cell is trained
     parent: str | None  # run id or folder to start from instead of this cell's own previous step
     experiments: str | None  # files in experiments/ (-m experiments=a,b); in a cell, the one it comes from
 

@@ -38,6 +38,11 @@ def built_blocks(blocks: int, feature_layer: int) -> int:
     return blocks + 1 + feature_layer
 
 
+def num_visual_tokens(shape: Mapping[str, Any]) -> int:
+    """Of one image, at any resolution: S2 adds channels, not tokens. `shape`: content of vision.shape."""
+    return (shape["image_size"] // shape["patch_size"]) ** 2
+
+
 def scales_of_pixels(pixels: Sequence[int], image_size: int) -> list[int]:
     """S2 scales as multiples of the encoder's native size, ascending: (336, 672, 1008) at 336 is [1, 2, 3].
 

@@ -1,6 +1,7 @@
 """What is done with data sets by hand.
 
     python -m morebench.data build ...     a pre-training subset of LAION or Recap-DataComp-1B
+    python -m morebench.data check ...     every record and image of training data, once
 
 `python -m morebench.data build --help` explains it.
 """
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from morebench import entry
 from morebench.errors import EXIT_USER
 
-SUB_VERBS = {"build": "morebench.data.build"}  # module with `command` and its help as docstring
+SUB_VERBS = {"build": "morebench.data.build", "check": "morebench.check_data"}  # module with `command` and its help as docstring
 
 
 def main(argv: Sequence[str] | None = None) -> None:

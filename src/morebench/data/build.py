@@ -23,7 +23,6 @@ the file system allows. What is damaged, missing, empty or twice there is left o
 same command again after an interruption: finished shards and images are not read again.
 """
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from morebench.config.overrides import check
 from morebench.config.schema import Config
 from morebench.data.subset.build import Request, build, tell
 from morebench.data.subset.shards import PUBLISHED, Columns, Source, find_shards
-from morebench.errors import ConfigError, DiskFullError, Interrupted, RunError, join_problems
+from morebench.errors import ConfigError, join_problems, resumable
 
 SOURCES = {"laion": ("laion",), "recap": ("recap",), "laion_recap": ("laion", "recap")}
 _NUMBERS = {"n": 1, "seed": 0, "workers": 1}  # key -> least value
@@ -77,7 +76,8 @@ def command(arguments: Sequence[str]) -> None:
         seed=numbers.get("seed", 0),
         arguments=arguments_told,
     )
-    manifest, was_there = _build(request, numbers.get("workers", os.cpu_count() or 1))
+    with resumable(request.folder.parent):
+        manifest, was_there = build(request, numbers.get("workers", os.cpu_count() or 1))
     _print(manifest, request, config, was_there)
 
 
@@ -152,19 +152,6 @@ def _source(
         image=own.get("columns.image", [None])[0],
     )
     return Source(name, shards, None if are_tars else images, columns), own
-
-
-def _build(request: Request, workers: int) -> tuple[dict[str, Any], bool]:
-    try:
-        return build(request, workers)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; the same command goes on from here.") from None
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise DiskFullError(
-                f"no space left below {request.folder.parent}. Make room; the same command goes on."
-            ) from error
-        raise RunError(f"{error.filename or request.folder}: {error.strerror or error}.") from error
 
 
 def _print(manifest: dict[str, Any], request: Request, config: Config, was_there: bool) -> None:

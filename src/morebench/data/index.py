@@ -64,6 +64,21 @@ def build_index(
     return index
 
 
+def index_of(
+    samples: Sequence[Sample],
+    content_hash: str,
+    chat: ChatFormat,
+    tokenizer: "Tokenizer",
+    num_visual_tokens: int,
+    max_length: int,
+    cache: Path,
+) -> LengthIndex:
+    """`build_index` of checked data: any cell with the same tokenizer, format and data finds it there."""
+    content = sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    key = f"{content_hash} {content} {tokenizer.bos_token}"
+    return build_index(samples, chat, tokenizer, num_visual_tokens, max_length, cache, key)
+
+
 @dataclass(frozen=True)
 class _Job:
     """What a process needs to measure any range of the samples."""

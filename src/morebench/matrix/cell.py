@@ -115,9 +115,9 @@ def _own(cell: Cell, step: Step, sources: Sources) -> dict[str, Any]:
         chat = load_chat_format(config.llm.chat_format)
         return {"recipe": identity(config.stage.evaluate), "chat": chat, "tasks": tasks}
     recipe = config.stage.pretrain if step is Step.pretrain else config.stage.finetune
-    data = config.pretrain_data if step is Step.pretrain else config.finetune_data
+    group = f"{step.name}_data"
     return {
         "recipe": identity(recipe),
         "chat": load_chat_format(recipe.chat_format or config.llm.chat_format),
-        "data": sources.data(data, config.paths, config.on_bad_image),
+        "data": sources.data(group, cell.choices.get(group, "..."), config),
     }

@@ -7,8 +7,9 @@ from pathlib import Path
 from morebench.config.compose import load_chat_format, load_shape
 from morebench.config.llm_shape import llm_problems
 from morebench.config.schema import Config, Step
-from morebench.config.visual import vision_problems
+from morebench.config.visual import num_visual_tokens, vision_problems
 from morebench.data.chat import ChatFormat
+from morebench.data.checked import DataState
 from morebench.errors import ConfigError, join_problems
 from morebench.matrix import ledger
 from morebench.matrix.cell import CHAIN, PARENT, Cell, run_ids
@@ -35,6 +36,8 @@ class Plan:
     ids: Sequence[dict[Step, str]]  # per cell
     runs: dict[str, PlannedRun]  # run id -> run; parents before children
     missing_sources: Sequence[str]
+    unusable_data: Sequence[str]  # sentences: why it should not be trained on
+    data: Sequence[DataState]  # training data that some step of the plan reads
 
     def todo(self) -> list[PlannedRun]:
         return [run for run in self.runs.values() if run.state is not State.done]
@@ -57,7 +60,7 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
                     run_id, step, cell, folder, _parents(own, step), ledger.state(folder)
                 )
             runs[run_id].shared_by.append(cell.name)
-    return Plan(cells, ids, runs, list(sources.missing))
+    return Plan(cells, ids, runs, list(sources.missing), list(sources.unusable), list(sources.data_states.values()))
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
@@ -79,7 +82,7 @@ def _problems(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     for problem in vision_problems(config.vision, shape, config.resolution):
         yield ("vision", "resolution"), problem
     try:
-        tokens = (shape["image_size"] // shape["patch_size"]) ** 2
+        tokens = num_visual_tokens(shape)
     except (KeyError, TypeError, ZeroDivisionError):  # said above
         tokens = 0
     for step, recipe in ((Step.pretrain, config.stage.pretrain), (Step.finetune, config.stage.finetune)):

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from morebench.config.schema import ImagePolicy, Paths, TaskData, TrainingData, Weights
-from morebench.data.check import peek_hash
+from morebench.config.schema import Config, Paths, TaskData, TrainingData, Weights
+from morebench.data.checked import DataState, Status, data_state, usability_problems
 from morebench.evaluation.records import task_hash
 from morebench.models.weights import absence, folder_hash, locate
 
@@ -13,11 +13,14 @@ class Sources:
     """Looks each source up once; `missing` says what is not on this machine, and what to do about it.
 
     The id of a run whose sources are missing is provisional: it names the source instead of its content.
+    `unusable` says why no cell should be trained on data that is here and was checked.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, ...], str] = {}
         self.missing: dict[str, None] = {}  # an ordered set of sentences
+        self.unusable: dict[str, None] = {}
+        self.data_states: dict[tuple[str, ...], DataState] = {}
 
     def weights(self, weights: Weights, paths: Paths) -> str:
         def look() -> str | None:
@@ -26,14 +29,30 @@ class Sources:
 
         return self._hash(("weights", str(weights)), look, lambda: f"weights: {absence(weights, paths)}")
 
-    def data(self, data: TrainingData, paths: Paths, policy: ImagePolicy) -> str:
-        return self._hash(
-            ("data", data.folder, data.records, policy.name),
-            lambda: peek_hash(data, paths, policy),
-            lambda: _no_file(
-                data.label, Path(paths.data) / data.folder, data.records, data.build is not None
-            ),
-        )
+    def data(self, group: str, choice: str, config: Config) -> str:
+        """`group` is pretrain_data or finetune_data, `choice` the file in it."""
+        data: TrainingData = getattr(config, group)
+        key = ("data", data.folder, data.records, str(sorted(data.also_quarantine)))
+
+        def look() -> str | None:
+            self.data_states[key] = state = data_state(data, config.paths)
+            if state.manifest is None or state.status is not Status.checked:
+                return None
+            problems = usability_problems(state.manifest, data, config.paths, config.max_quarantined)
+            self.unusable.update(dict.fromkeys(problems))
+            return state.manifest.content_hash
+
+        def absence() -> str:
+            state = self.data_states[key]
+            if state.status is Status.absent:
+                folder = Path(config.paths.data) / data.folder
+                return _no_file(data.label, folder, data.records, data.build is not None)
+            return (
+                f"data: {data.label}: {state.reason}. Run `python -m morebench.data check {group}={choice}`, "
+                "or have it checked first: unchecked_data=check"
+            )
+
+        return self._hash(key, look, absence)
 
     def task(self, data: TaskData, paths: Paths) -> str:
         return self._hash(

@@ -1,6 +1,5 @@
 """Everything one train step is made of, from a config: data, order, model."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from morebench.config.compose import load_chat_format
 from morebench.config.schema import Config, Part, Step, TrainingData, TrainRecipe
 from morebench.data.chat import ChatFormat
-from morebench.data.check import CheckedData, open_data
+from morebench.data.checked import CheckedData, changed_images_problem, open_checked
 from morebench.data.datamodule import MicroBatches
 from morebench.data.images import ImageProcessor
-from morebench.data.index import LengthIndex, build_index
+from morebench.data.index import LengthIndex, index_of
 from morebench.data.packing import BatchPlan, micro_batches_for
+from morebench.errors import DataError
 from morebench.models.llm import load_tokenizer
 from morebench.models.mllm import MLLM
 from morebench.models.parts import build_mllm
@@ -37,16 +37,14 @@ class Stage:
 
     @cached_property
     def index(self) -> LengthIndex:
-        cache = Path(self.config.paths.cache)
-        tokenizer = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        return build_index(
+        return index_of(
             self.data.samples,
+            self.data.content_hash,
             self.chat,
             self.tokenizer,
             self.mllm.vision.num_visual_tokens,
             self.recipe.max_length,
-            cache,
-            f"{self.data.content_hash} {tokenizer} {self.tokenizer.bos_token}",
+            Path(self.config.paths.cache),
         )
 
     def micro_batches(self, world_size: int, micro_batch_tokens: int) -> int:
@@ -80,11 +78,13 @@ class Stage:
         return {
             "data": {
                 "content_hash": self.data.content_hash,
-                "num_records": self.data.num_records,
+                "num_records": self.data.manifest.num_records,
+                "quarantined": self.data.manifest.quarantined,
+                "quarantine_sha256": self.data.manifest.quarantine_sha256,
                 "num_samples": len(self.data.samples),
                 "tokens": int(self.index.lengths.sum(dtype="int64")),
             },
-            "quarantined": [vars(entry) for entry in self.data.quarantined],
+            "quarantined": self.data.manifest.num_quarantined,
             "truncated": self.index.truncated,
             "unsupervised": self.index.unsupervised,
             "weights": {
@@ -103,15 +103,19 @@ class Stage:
         }
 
 
-def make_stage(config: Config, step: Step, parents: Mapping[Step, Path]) -> Stage:
+def make_stage(
+    config: Config, step: Step, parents: Mapping[Step, Path], is_first: bool = True
+) -> Stage:
     """Data first: its errors come before seconds of loading weights.
 
-    Raises ConfigError, DataError, WeightsError.
+    One rank (`is_first`) asks whether the images are still those that were checked. Raises ConfigError, DataError, WeightsError.
     """
     recipe, data = recipe_of(config, step)
     for one in (Step.pretrain, Step.finetune):  # the later step too, before the first takes hours
         check_max_length(config.llm, recipe_of(config, one)[0].max_length, f"stage.{one.name}.max_length")
-    checked = open_data(data, config.paths, config.on_bad_image)
+    checked = open_checked(data, config.paths, config.max_quarantined)
+    if is_first and (changed := checked.changed_images()):
+        raise DataError(changed_images_problem(data, changed))
     weights = starting_weights(config)
     if step is Step.finetune:
         weights[Part.projector] = parents[Step.pretrain] / f"{Part.projector.name}.safetensors"

@@ -1,0 +1,192 @@
+"""Records and images of one data set -> findings, quarantine list, manifest, pictures."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from morebench.config.schema import Paths, TrainingData
+from morebench.data import checked
+from morebench.data.checked import CheckedData, Manifest
+from morebench.data.checking import looks, pictures
+from morebench.data.checking.lengths import character_facts, token_facts
+from morebench.data.findings import Finding, Kind
+from morebench.data.images import ImageFolder
+from morebench.data.index import LengthIndex
+from morebench.data.store import RecordStore, open_records
+from morebench.errors import ConfigError, DataError, join_problems
+
+Measure = Callable[[CheckedData], LengthIndex]
+
+
+@dataclass(frozen=True)
+class Checked:
+    data: CheckedData
+    num_looked_at: int  # images that were read now
+    problems: list[str]  # why token lengths could not be measured
+
+
+def check_data(
+    data: TrainingData,
+    paths: Paths,
+    workers: int,
+    say: Callable[[str], None],
+    measures: Mapping[str, Measure] | None = None,
+) -> Checked:
+    """Write everything to `checked.check_folder`, manifest.json last.
+
+    `measures`: what for -> the token lengths of the samples that are left. Raises DataError where there is no
+    data set, or where its file ends in the middle; ConfigError for an `also_quarantine` that is no kind.
+    """
+    folder = Path(paths.data) / data.folder
+    _check_folder(folder, data)
+    also = _also(data)
+    records_path, images_root = folder / data.records, folder / data.images
+    stat = records_path.stat() if records_path.exists() else None
+    store = open_records(records_path, Path(paths.cache), say)
+    names = store.image_names()
+    if names and not images_root.is_dir():
+        raise DataError(
+            f"{images_root}: no such folder; expected the {len(names):,} images that {records_path} names."
+        )
+    images = ImageFolder(images_root, [Path(link) for link in data.allowed_links])
+    out = checked.check_folder(data, paths)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / checked.MANIFEST).unlink(missing_ok=True)  # from here on, what lies there is in the making
+    table, num_looked_at = looks.look_at_all(names, images, out, workers)
+    looks.write_table(table, out)
+
+    bad, kept, kept_counts = _findings(store, names, table, also)
+    quarantine = _lines(bad)
+    checked.write_aside(out / checked.QUARANTINE, quarantine)
+    checked.write_aside(out / checked.FINDINGS, _lines(kept))
+    records = [finding.record for finding in bad]
+    samples = checked.without(store, records)
+    assert stat is not None
+    manifest = Manifest(
+        version=checked.VERSION,
+        label=data.label,
+        records={"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": store.sha256},
+        also_quarantine=sorted(data.also_quarantine),
+        num_records=store.num_records,
+        num_samples=len(samples),
+        num_images=len(names),
+        image_bytes=int(np.maximum(table.column("size").to_numpy(), 0).sum()),
+        quarantined=_counted(finding.kind for finding in bad),
+        kept=kept_counts,
+        content_hash=checked.content_hash(store.sha256, names, _digests(table), records),
+        quarantine_sha256=sha256(quarantine.encode()).hexdigest(),
+        checked=datetime.now(UTC).isoformat(timespec="seconds"),
+        characters=character_facts(samples),
+    )
+    data_there = CheckedData(samples, images, out, manifest)
+    facts, problems = {}, []
+    for name, measure in (measures or {}).items() if len(samples) else ():
+        try:
+            facts[name] = token_facts(measure(data_there))
+        except DataError as error:
+            problems.append(f"{name}: {error}")
+    manifest = replace(manifest, tokens=facts)
+    pictures.draw_lengths(manifest, out / pictures.LENGTHS)
+    pictures.draw_suspicious(_suspicious(bad, kept), images, out / pictures.SUSPICIOUS)
+    checked.write_manifest(manifest, out)
+    return Checked(replace(data_there, manifest=manifest), num_looked_at, problems)
+
+
+def _check_folder(folder: Path, data: TrainingData) -> None:
+    wanted = f"expected {data.records} and {data.images}/ of {data.label} there"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; {wanted}. Put the data there or set paths.data.")
+    if not any(folder.iterdir()):
+        mend = (
+            "Delete the folder to have it built again"
+            if data.build
+            else "Put the data there or set paths.data"
+        )
+        raise DataError(f"{folder}: the folder is empty; {wanted}. {mend}.")
+
+
+def _also(data: TrainingData) -> set[Kind]:
+    known = [kind.name for kind in Kind if not kind.quarantines]
+    problems = [
+        f"also_quarantine of {data.label}: {name!r} is not one of {', '.join(known)}."
+        + "".join(f" Did you mean {near}?" for near in get_close_matches(name, known, n=1))
+        for name in data.also_quarantine
+        if name not in known
+    ]
+    if problems:
+        raise ConfigError(join_problems(problems))
+    return {Kind[name] for name in data.also_quarantine}
+
+
+def _findings(
+    store: RecordStore, names: Sequence[str], table: pa.Table, also: set[Kind]
+) -> tuple[list[Finding], list[Finding], dict[str, int]]:
+    """What is quarantined, one finding a record; what is kept, one an image or id; kept records by kind."""
+    found = {finding.record: finding for finding in store.bad}
+    kept: dict[tuple[Kind, str], Finding] = {}
+    counts: Counter[Kind] = Counter()
+    of_image = _kinds_of_images(names, table)
+    for row in store.rows_with_image(list(of_image)):
+        sample, (record, offset) = store[row], store.place(row)
+        own = [
+            Finding(kind, reason, record, offset, sample.id, image)
+            for image in dict.fromkeys(sample.images)
+            for kind, reason in of_image.get(image, ())
+        ]
+        unusable = [finding for finding in own if finding.kind.quarantines or finding.kind in also]
+        if unusable:
+            found.setdefault(record, unusable[0])
+            continue
+        counts.update({finding.kind for finding in own})
+        for finding in own:
+            kept.setdefault((finding.kind, finding.image or ""), finding)
+    for row in store.duplicates().tolist():
+        (record, offset), record_id = store.place(row), store[row].id
+        finding = Finding(Kind.duplicate_id, "an earlier record has this id", record, offset, record_id)
+        if Kind.duplicate_id in also:
+            found.setdefault(record, finding)
+        elif record not in found:
+            counts[Kind.duplicate_id] += 1
+            kept[Kind.duplicate_id, str(record)] = finding
+    in_order = sorted(found.values(), key=lambda finding: finding.record)
+    return in_order, list(kept.values()), _counted(counts.elements())
+
+
+def _kinds_of_images(names: Sequence[str], table: pa.Table) -> dict[str, list[tuple[Kind, str]]]:
+    """Of the images on which something was found."""
+    kinds = table.column("kind").to_pylist()
+    reasons = table.column("reason").to_pylist()
+    odd = table.column("odd").to_pylist()
+    return {
+        name: [(Kind[kind], reason)] if kind else [(Kind[one], Kind[one].value) for one in some]
+        for name, kind, reason, some in zip(names, kinds, reasons, odd, strict=True)
+        if kind or some
+    }
+
+
+def _digests(table: pa.Table) -> Iterable[bytes]:
+    return (digest.as_py() for digest in table.column("sha256"))
+
+
+def _counted(kinds: Iterable[Kind]) -> dict[str, int]:
+    """In the order of `Kind`."""
+    counts = Counter(kinds)
+    return {kind.name: counts[kind] for kind in Kind if counts[kind]}
+
+
+def _lines(findings: Iterable[Finding]) -> str:
+    return "".join(
+        json.dumps(asdict(finding) | {"kind": finding.kind.name}) + "\n" for finding in findings
+    )
+
+
+def _suspicious(bad: Sequence[Finding], kept: Sequence[Finding]) -> list[Finding]:
+    return [finding for finding in [*bad, *kept] if finding.image is not None]
