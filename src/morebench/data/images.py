@@ -93,7 +93,7 @@ class ImageProcessor:
         self._aspect_ratio = aspect_ratio
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """uint8 [S, S, 3], as PIL has them: to put the channels first costs nothing on the device. Read-only."""
+        """uint8 [S, S, 3], read-only. The device puts the channels first; there it costs nothing."""
         if self._aspect_ratio is AspectRatio.pad:
             image = pad_to_square(image, mean_colour(self.processing))
         image = self._crop(image.resize(self._resized(image), RESAMPLING[self.processing.interpolation]))
