@@ -28,7 +28,13 @@ from morebench.config.schema import AXES, Step
 from morebench.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError, join_problems
 
 _SHOWN = 5  # differences printed per file
-_MACHINE = ("paths", "trainer", "tracking", "unchecked_data", "max_quarantined")  # of this start, not of the one that trained
+_MACHINE = (
+    "paths",
+    "trainer",
+    "tracking",
+    "unchecked_data",
+    "max_quarantined",
+)  # of this start, not of the one that trained
 _OVERRIDABLE = ("suite", "stage.evaluate", *_MACHINE)
 
 

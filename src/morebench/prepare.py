@@ -62,7 +62,9 @@ def _check_data(configs: Sequence[Config]) -> None:
             with resumable(Path(paths.checks)):
                 manifest = check_data(data, paths, os.cpu_count() or 1, _say).data.manifest
             left_out = f": {told_counts(manifest.quarantined)}" if manifest.quarantined else ""
-            _say(f"checked {data.label}: {manifest.num_quarantined:,} of {manifest.num_records:,} quarantined{left_out}")
+            _say(
+                f"checked {data.label}: {manifest.num_quarantined:,} of {manifest.num_records:,} quarantined{left_out}"
+            )
         except DataError as error:
             problems.append(str(error))
     if problems:

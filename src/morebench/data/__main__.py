@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from morebench import entry
 from morebench.errors import EXIT_USER
 
-SUB_VERBS = {"build": "morebench.data.build", "check": "morebench.check_data"}  # module with `command` and its help as docstring
+SUB_VERBS = {
+    "build": "morebench.data.build",
+    "check": "morebench.check_data",
+}  # module with `command` and its help as docstring
 
 
 def main(argv: Sequence[str] | None = None) -> None:

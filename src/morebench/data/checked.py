@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from morebench.config.schema import Paths, TrainingData
-from morebench.data.findings import Kind
 from morebench.data.checking.looks import TABLE, read_table, sizes_and_times
-from morebench.data.images import ImageFolder, read_image
+from morebench.data.findings import Kind
+from morebench.data.image_folder import ImageFolder
+from morebench.data.images import read_image
 from morebench.data.store import RecordStore, open_records
 from morebench.errors import DataError, join_problems
 
@@ -85,9 +86,8 @@ class CheckedData:
         for name, image in zip(sample.images, self.samples.image_numbers(number), strict=True):
             try:
                 content = read_image(self.images.path(name))
-            except (OSError, DataError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise DataError(f"record id {sample.id!r}: image {name}: {reason}") from None
+            except DataError as error:
+                raise DataError(f"record id {sample.id!r}: image {name}: {error}") from None
             if sha256(content).digest() != self._digests[image].as_py():
                 raise DataError(
                     f"record id {sample.id!r}: image {name} is not the file that was checked. "

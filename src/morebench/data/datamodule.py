@@ -4,17 +4,14 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from morebench.data.batch import Batch, collate
 from morebench.data.chat import ChatFormat
-from morebench.data.check import CheckedData
-from morebench.data.images import ImageProcessor, load_image, resolve_inside
+from morebench.data.checked import CheckedData
+from morebench.data.images import ImageProcessor, decode_image
 from morebench.data.packing import BatchPlan
-from morebench.data.records import Sample
-from morebench.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -42,18 +39,15 @@ class MicroBatches(Dataset[Batch]):
         samples = [self.data.samples[number] for number in ids]
         return collate(
             [self.chat.encode(s, self.tokenizer, self.num_visual_tokens, self.max_length) for s in samples],
-            [pixels for sample in samples for pixels in self._pixels(sample)],
+            [
+                self.processor(decode_image(content))
+                for number in ids
+                for content in self.data.read_images(number)
+            ],
             ids,
             self.plan.supervised_tokens(step),
             self.processor.image_size,
         )
-
-    def _pixels(self, sample: Sample) -> list[np.ndarray]:
-        try:
-            paths = [resolve_inside(self.data.images_root, image) for image in sample.images]
-            return [self.processor(load_image(path)) for path in paths]
-        except DataError as error:
-            raise DataError(f"record id {sample.id!r}: {error}") from None
 
 
 def loader(dataset: MicroBatches, first_step: int, num_workers: int) -> DataLoader[Batch]:

@@ -60,7 +60,9 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
                     run_id, step, cell, folder, _parents(own, step), ledger.state(folder)
                 )
             runs[run_id].shared_by.append(cell.name)
-    return Plan(cells, ids, runs, list(sources.missing), list(sources.unusable), list(sources.data_states.values()))
+    return Plan(
+        cells, ids, runs, list(sources.missing), list(sources.unusable), list(sources.data_states.values())
+    )
 
 
 def check_cells(cells: Sequence[Cell]) -> None:

@@ -18,7 +18,7 @@ from morebench.data.checked import CheckedData, Manifest
 from morebench.data.checking import looks, pictures
 from morebench.data.checking.lengths import character_facts, token_facts
 from morebench.data.findings import Finding, Kind
-from morebench.data.images import ImageFolder
+from morebench.data.image_folder import ImageFolder
 from morebench.data.index import LengthIndex
 from morebench.data.store import RecordStore, open_records
 from morebench.errors import ConfigError, DataError, join_problems
@@ -130,12 +130,12 @@ def _findings(
     store: RecordStore, names: Sequence[str], table: pa.Table, also: set[Kind]
 ) -> tuple[list[Finding], list[Finding], dict[str, int]]:
     """What is quarantined, one finding a record; what is kept, one an image or id; kept records by kind."""
-    found = {finding.record: finding for finding in store.bad}
+    found = {finding.record: finding for finding in store.findings}
     kept: dict[tuple[Kind, str], Finding] = {}
     counts: Counter[Kind] = Counter()
     of_image = _kinds_of_images(names, table)
     for row in store.rows_with_image(list(of_image)):
-        sample, (record, offset) = store[row], store.place(row)
+        sample, (record, offset) = store[row], store.record_of(row)
         own = [
             Finding(kind, reason, record, offset, sample.id, image)
             for image in dict.fromkeys(sample.images)
@@ -148,8 +148,8 @@ def _findings(
         counts.update({finding.kind for finding in own})
         for finding in own:
             kept.setdefault((finding.kind, finding.image or ""), finding)
-    for row in store.duplicates().tolist():
-        (record, offset), record_id = store.place(row), store[row].id
+    for row in store.duplicate_ids().tolist():
+        (record, offset), record_id = store.record_of(row), store[row].id
         finding = Finding(Kind.duplicate_id, "an earlier record has this id", record, offset, record_id)
         if Kind.duplicate_id in also:
             found.setdefault(record, finding)
@@ -166,7 +166,7 @@ def _kinds_of_images(names: Sequence[str], table: pa.Table) -> dict[str, list[tu
     reasons = table.column("reason").to_pylist()
     odd = table.column("odd").to_pylist()
     return {
-        name: [(Kind[kind], reason)] if kind else [(Kind[one], Kind[one].value) for one in some]
+        name: [(Kind[kind], reason)] if kind else [(Kind[one["kind"]], one["reason"]) for one in some]
         for name, kind, reason, some in zip(names, kinds, reasons, odd, strict=True)
         if kind or some
     }
@@ -183,9 +183,7 @@ def _counted(kinds: Iterable[Kind]) -> dict[str, int]:
 
 
 def _lines(findings: Iterable[Finding]) -> str:
-    return "".join(
-        json.dumps(asdict(finding) | {"kind": finding.kind.name}) + "\n" for finding in findings
-    )
+    return "".join(json.dumps(asdict(finding) | {"kind": finding.kind.name}) + "\n" for finding in findings)
 
 
 def _suspicious(bad: Sequence[Finding], kept: Sequence[Finding]) -> list[Finding]:

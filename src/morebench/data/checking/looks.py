@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from morebench.data.findings import Kind
-from morebench.data.images import ImageFolder, inspect_image, read_image
-from morebench.errors import DataError
+from morebench.data.findings import Kind, SampleError
+from morebench.data.image_folder import ImageFolder
+from morebench.data.images import read_image
+from morebench.data.inspection import inspect_image
 from morebench.progress import Progress
 
 VERSION = "1"
@@ -40,7 +41,7 @@ SCHEMA = pa.schema(
         "sha256": pa.binary(),  # empty where the file cannot be read
         "kind": pa.string(),  # why it cannot be used; null if it can
         "reason": pa.string(),
-        "odd": pa.list_(pa.string()),  # kinds that are kept
+        "odd": pa.list_(pa.struct({"kind": pa.string(), "reason": pa.string()})),  # kept all the same
     },
     metadata={"version": VERSION},
 )
@@ -55,33 +56,24 @@ class Look(NamedTuple):
     sha256: bytes
     kind: str | None
     reason: str | None
-    odd: list[str]
+    odd: list[dict[str, str]]
 
 
 def look(images: ImageFolder, name: str) -> Look:
     try:
         path = images.path(name)
-    except DataError as error:
-        return Look(name, *ABSENT, b"", Kind.outside.name, str(error), [])
-    try:
-        stat = path.stat()
+        size, mtime_ns = _size_and_time(images, name)
         content = read_image(path)
-    except FileNotFoundError:
-        return Look(name, *ABSENT, b"", Kind.missing.name, "no such file", [])
-    except (OSError, DataError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        return Look(name, *ABSENT, b"", Kind.unreadable.name, reason, [])
+    except SampleError as error:
+        return _unseen(name, error.kind, error.reason)
     seen = inspect_image(content, name)
-    kind, reason = seen.problem if seen.problem is not None else (None, None)
-    return Look(
-        name,
-        stat.st_size,
-        stat.st_mtime_ns,
-        sha256(content).digest(),
-        kind.name if kind is not None else None,
-        reason,
-        [odd.name for odd in seen.oddities],
-    )
+    kind, reason = (None, None) if seen.problem is None else (seen.problem[0].name, seen.problem[1])
+    odd = [{"kind": odd.name, "reason": told} for odd, told in seen.oddities]
+    return Look(name, size, mtime_ns, sha256(content).digest(), kind, reason, odd)
+
+
+def _unseen(name: str, kind: Kind, reason: str) -> Look:
+    return Look(name, *ABSENT, b"", kind.name, reason, [])
 
 
 def sizes_and_times(images: ImageFolder, names: Sequence[str], threads: int = 16) -> np.ndarray:
@@ -102,7 +94,7 @@ def sizes_and_times(images: ImageFolder, names: Sequence[str], threads: int = 16
 def _size_and_time(images: ImageFolder, name: str) -> tuple[int, int]:
     try:
         stat = images.path(name).stat()
-    except (OSError, DataError):
+    except (OSError, SampleError):
         return ABSENT
     return stat.st_size, stat.st_mtime_ns
 
@@ -230,7 +222,7 @@ def _one_by_one(work: Callable[[str], Look], names: Sequence[str]) -> Iterator[l
                     yield found
             except BrokenProcessPool:
                 reason = "the process that decoded it was ended, for want of memory perhaps"
-                yield [Look(waiting.popleft(), *ABSENT, b"", Kind.crashed.name, reason, [])]
+                yield [_unseen(waiting.popleft(), Kind.crashed, reason)]
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

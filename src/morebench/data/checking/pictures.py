@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from morebench.data.checked import Manifest
 from morebench.data.findings import Finding
-from morebench.data.images import ImageFolder, load_image
+from morebench.data.image_folder import ImageFolder
+from morebench.data.images import load_image
 from morebench.errors import DataError
 
 LENGTHS, SUSPICIOUS = "lengths.png", "suspicious.png"
@@ -36,7 +37,10 @@ def draw_lengths(manifest: Manifest, path: Path) -> None:
         axis.set_xscale("log")
         axis.set_ylabel("samples")
     axes[0].annotate(
-        f"{manifest.label}: {manifest.num_samples:,} samples", (0, 1.22), xycoords="axes fraction", fontsize=10
+        f"{manifest.label}: {manifest.num_samples:,} samples",
+        (0, 1.22),
+        xycoords="axes fraction",
+        fontsize=10,
     )
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     figure.savefig(aside, format="png", dpi=110)
