@@ -141,11 +141,13 @@ def toy_data(num_samples: int | None = None) -> TrainingData:
         folder="toy",
         records="records.json",
         images="images",
+        allowed_links=[],
+        also_quarantine=[],
         num_samples=num_samples,
         build=None,
     )
 
 
 def paths_below(root: Path) -> Paths:
-    names = ("data", "weights", "cache", "runs", "reports")
+    names = ("data", "weights", "cache", "runs", "reports", "checks")
     return Paths(root=str(root), **{name: str(root / name) for name in names})

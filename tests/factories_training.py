@@ -16,7 +16,6 @@ from morebench.config.schema import (
     AspectRatio,
     Config,
     EvaluateRecipe,
-    ImagePolicy,
     ImageProcessing,
     Interpolation,
     Optimizer,
@@ -33,10 +32,12 @@ from morebench.config.schema import (
     Trainer,
     TrainingData,
     TrainRecipe,
+    UncheckedData,
     Vision,
     VisualScale,
     Weights,
 )
+from morebench.data.checking.check import check_data
 from morebench.models.llm import llm_config
 from morebench.models.vision import OpenClipEncoder
 
@@ -73,7 +74,9 @@ def make_cell(root: Path, family: str = "gemma2") -> Config:
     llm = root / "weights" / "tiny" / "llm"
     AutoModelForCausalLM.from_config(llm_config(shape), dtype=torch.float32).save_pretrained(llm)
     tokenizer.save_pretrained(llm)
-    return _config(root, family)
+    config = _config(root, family)
+    check_data(config.pretrain_data, config.paths, 1, lambda text: None)
+    return config
 
 
 def with_trainer(config: Config, **changes: Any) -> Config:
@@ -132,6 +135,8 @@ def _config(root: Path, family: str) -> Config:
         folder="toy",
         records="records.json",
         images="images",
+        allowed_links=[],
+        also_quarantine=[],
         num_samples=NUM_SAMPLES,
         build=None,
     )
@@ -190,7 +195,8 @@ def _config(root: Path, family: str) -> Config:
         tracking=Tracking(uri=None, experiment="test"),
         paths=paths_below(root),
         seed=0,
-        on_bad_image=ImagePolicy.error,
+        unchecked_data=UncheckedData.refuse,
+        max_quarantined=0.0,
         parent=None,
         experiments=None,
     )

@@ -53,7 +53,8 @@ def test_what_cannot_change_the_weights_is_not_in_the_id(sources, overrides):
         ("llm.visual_scale=sqrt_hidden", Step.pretrain),
         ("llm.weights.revision=other", Step.pretrain),
         ("stage.pretrain.optimizer.lr=1", Step.pretrain),
-        ("on_bad_image=quarantine", None),  # nothing to quarantine where there is no data
+        ("max_quarantined=0.5", None),
+        ("unchecked_data=check", None),
         ("llm.chat_format=v1", Step.finetune),  # pretrain uses the plain format
         ("stage.finetune.optimizer.lr=1", Step.finetune),
         ("stage.finetune.order=modality", Step.finetune),

@@ -192,7 +192,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 def test_bad_data_is_named_before_anything_runs(copy: Path, name: str) -> None:
     damage, words = BREAKAGES[name]
     damage(copy)
-    done = run("train", "-m", *ONE_CELL, root=copy)
+    done = run("train", "-m", *ONE_CELL, "unchecked_data=check", "max_quarantined=0", root=copy)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     for word in words:
@@ -200,14 +200,40 @@ def test_bad_data_is_named_before_anything_runs(copy: Path, name: str) -> None:
     assert not list(copy.glob("runs/*"))
 
 
+def test_data_that_changed_since_it_was_checked_is_refused(copy: Path) -> None:
+    edit_records(copy, lambda records: records.reverse())
+    truncate(first_image(copy))
+    train = ["-m", *ONE_CELL, "stage=pretrain"]
+    refused = run("train", *train, root=copy)
+    assert refused.returncode == 2
+    assert "pretrain.json has changed since it was checked" in refused.stderr
+    assert "python -m morebench.data check pretrain_data=digits" in refused.stderr
+    assert not list(copy.glob("runs/*"))
+
+
 def test_quarantined_samples_are_counted_and_change_the_run(copy: Path) -> None:
     before = run("plan", *ONE_CELL, root=copy)
-    truncate(first_image(copy))
-    done = run("train", "-m", *ONE_CELL, "stage=pretrain", "on_bad_image=quarantine", root=copy)
-    assert done.returncode == 0, done.stderr
     assert before.returncode == 0
-    (manifest,) = copy.glob("runs/*.pretrain.*/manifest.json")
-    assert "pretrain_00000" in manifest.read_text()
+    truncate(first_image(copy))
+    train = ["-m", *ONE_CELL, "stage=pretrain", "max_quarantined=0.02"]
+    refused = run("train", *train, root=copy)
+    assert refused.returncode == 2
+    assert "1 images are not the files that were checked: pretrain_00000.png" in refused.stderr
+    checked = run("data", "check", "pretrain_data=digits", "max_quarantined=0.02", root=copy)
+    assert checked.returncode == 0, checked.stderr
+    assert "1 image is damaged or cut off (damaged)" in checked.stdout
+    plan = run("plan", *ONE_CELL, "max_quarantined=0.02", root=copy)
+    assert "1 (1.042%)" in plan.stdout
+    assert before.stdout.splitlines()[0] in plan.stdout
+    done = run("train", *train, root=copy)
+    assert done.returncode == 0, done.stderr
+    (path,) = copy.glob("runs/*.pretrain.*/manifest.json")
+    manifest = json.loads(path.read_text())
+    assert (manifest["quarantined"], manifest["data"]["num_samples"]) == (1, 95)
+    assert manifest["data"]["quarantined"] == {"damaged": 1}
+    again = run("data", "check", "pretrain_data=digits", root=copy)
+    assert again.returncode == 2
+    assert "more than max_quarantined=0.001" in again.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import pytest
 import torch
 from factories_data import chat_format, paths_below, record, tokenizer_for, toy_data, write_data
 
-from morebench.config.schema import AspectRatio, ImagePolicy, ImageProcessing, Interpolation, Order, Resize
+from morebench.config.schema import AspectRatio, ImageProcessing, Interpolation, Order, Resize
 from morebench.data import index
 from morebench.data.batch import Batch, collate
 from morebench.data.chat import ChatFormat, Encoded
-from morebench.data.check import CheckedData, open_data
+from morebench.data.checked import CheckedData
+from morebench.data.checking.check import check_data
 from morebench.data.datamodule import MicroBatches, loader
 from morebench.data.images import ImageProcessor, load_image
 from morebench.data.index import LengthIndex, build_index
@@ -44,7 +45,7 @@ def write(root: Path, num_samples: int = 21) -> CheckedData:
     )
     records[4]["image"] = ["3.png", "0.png"]
     write_data(root, records, images=5, size=(9, 7))
-    return open_data(toy_data(), paths_below(root), ImagePolicy.error)
+    return check_data(toy_data(), paths_below(root), 1, lambda text: None).data
 
 
 def index_of(data: CheckedData, root: Path, **changes: Any) -> LengthIndex:

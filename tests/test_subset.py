@@ -21,9 +21,9 @@ from factories_subset import Pair, add_member, pairs, picture, write_parquet, wr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from morebench.config.schema import ImagePolicy
 from morebench.data import build as command
-from morebench.data.check import open_data
+from morebench.data.checked import open_checked
+from morebench.data.checking.check import check_data
 from morebench.data.subset import build as subset
 from morebench.data.subset import ranking
 from morebench.data.subset.build import Request, shares
@@ -149,9 +149,10 @@ def test_parquet_and_tar_give_the_same_samples_and_links_or_copies_the_images(tm
 def test_training_can_open_what_was_built(tmp_path: Path) -> None:
     write_tar(tmp_path / "in" / "0.tar", SAMPLES)
     built(tmp_path / "data" / "toy", source(tmp_path / "in"), n=12)
-    opened = open_data(toy_data(num_samples=12), paths_below(tmp_path), ImagePolicy.error)
+    check_data(toy_data(), paths_below(tmp_path), 1, lambda text: None)
+    opened = open_checked(toy_data(num_samples=12), paths_below(tmp_path), max_quarantined=0)
     assert len(opened.samples) == 12
-    assert not opened.quarantined
+    assert not opened.manifest.kept
 
 
 def test_everything_left_out_is_counted_by_reason(tmp_path: Path) -> None:

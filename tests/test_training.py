@@ -154,7 +154,8 @@ def test_manifest_says_what_was_done(finetuned: Path) -> None:
     assert manifest["num_steps"] == 6
     assert (manifest["micro_batches"], manifest["threads"], manifest["world_size"]) == (1, 1, 1)
     assert manifest["data"]["num_samples"] == 44
-    assert (manifest["quarantined"], manifest["truncated"], manifest["unsupervised"]) == ([], 0, 0)
+    assert (manifest["quarantined"], manifest["truncated"], manifest["unsupervised"]) == (0, 0, 0)
+    assert manifest["data"]["quarantined"] == {}
     assert manifest["anomalies"] == []
     assert set(manifest["weights"]) == {"llm", "vision", "projector"}
     assert set(manifest["parts"]) == {"llm.safetensors", "projector.safetensors"}

@@ -8,9 +8,9 @@ Takes the overrides of `python -m morebench.train -m`, and workers=N (processes;
 Checked are the data sets that are named, or else both of every cell. Where the tokenizers of the cells' LLMs
 are here, token lengths are measured too: training uses them.
 
-What no cell can use is quarantined, the same way for every LLM and encoder: missing or damaged images, records
-that are none, empty answers. What is odd but was used by the study (ids that repeat, a GIF called .jpg) is
-counted and kept; also_quarantine=[...] of the data choice leaves it out as well.
+What no cell can use is quarantined, the same way for every LLM and encoder: missing or damaged images,
+records that are none, empty answers. What is odd but was used by the study (ids that repeat, a GIF called
+.jpg) is counted and kept; also_quarantine=[...] of the data choice leaves it out as well.
 
 checks/<folder>/<records>/ gets manifest.json, quarantine.jsonl, findings.jsonl (kept), lengths.png and
 suspicious.png. Type the command again after an interruption, or after mending files: what has not changed is

@@ -1,4 +1,4 @@
-"""Build the data and the tiny parts that cells start from and that are not here yet; check data where told."""
+"""Build the data and the tiny parts that cells start from and that are not here yet, and check that data."""
 
 import multiprocessing
 import os
@@ -22,9 +22,9 @@ from morebench.models.weights import built_folder
 def prepare(configs: Iterable[Config]) -> None:
     """Call every `build` recipe whose folder does not exist, one process each, as many as there are cores.
 
-    What was built here, or is not checked where `unchecked_data=check`, is then checked. Raises ConfigError or
-    RunError before anything is built when no run could start afterwards, DataError for data that cannot be
-    checked.
+    What was built here, or is not checked where `unchecked_data=check`, is then checked. Raises ConfigError
+    or RunError before anything is built when no run could start afterwards, DataError for data that cannot
+    be checked.
     """
     configs = list(configs)
     for config in configs:
@@ -61,10 +61,9 @@ def _check_data(configs: Sequence[Config]) -> None:
         try:
             with resumable(Path(paths.checks)):
                 manifest = check_data(data, paths, os.cpu_count() or 1, _say).data.manifest
-            left_out = f": {told_counts(manifest.quarantined)}" if manifest.quarantined else ""
-            _say(
-                f"checked {data.label}: {manifest.num_quarantined:,} of {manifest.num_records:,} quarantined{left_out}"
-            )
+            reasons = f": {told_counts(manifest.quarantined)}" if manifest.quarantined else ""
+            share = f"{manifest.num_quarantined:,} of {manifest.num_records:,}"
+            _say(f"checked {data.label}: {share} quarantined{reasons}")
         except DataError as error:
             problems.append(str(error))
     if problems:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from morebench.errors import EXIT_DONE
 from morebench.data.checked import DataState, Status
+from morebench.errors import EXIT_DONE
 from morebench.matrix import ledger
 from morebench.matrix.cell import CHAIN
 from morebench.matrix.launch import Outcome

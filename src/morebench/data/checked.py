@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from morebench.config.schema import Paths, TrainingData
 from morebench.data.checking.looks import TABLE, read_table, sizes_and_times
-from morebench.data.findings import Kind
+from morebench.data.findings import Finding, Kind
 from morebench.data.image_folder import ImageFolder
 from morebench.data.images import read_image
 from morebench.data.store import RecordStore, open_records
@@ -153,7 +153,8 @@ def usability_problems(
             f"{data.label}: {manifest.num_quarantined:,} of {manifest.num_records:,} records "
             f"({manifest.quarantined_share:.2%}) are quarantined, more than max_quarantined="
             f"{max_quarantined:g}: {told(manifest.quarantined)}. Mend what "
-            f"{check_folder(data, paths) / QUARANTINE} lists and check again, or raise max_quarantined."
+            f"{check_folder(data, paths) / QUARANTINE} lists and check again, or raise max_quarantined. "
+            f"The first: {_first(check_folder(data, paths) / QUARANTINE)}"
         )
 
 
@@ -167,6 +168,12 @@ def changed_images_problem(data: TrainingData, changed: Sequence[str]) -> str:
 
 def told(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} x {Kind[kind].value}" for kind, count in counts.items())
+
+
+def _first(path: Path) -> str:
+    with path.open() as file:
+        entry = json.loads(file.readline())
+    return str(Finding(**entry | {"kind": Kind[entry["kind"]]}))
 
 
 def open_checked(data: TrainingData, paths: Paths, max_quarantined: float = 1.0) -> CheckedData:

@@ -1,4 +1,4 @@
-"""What can be wrong, or odd, with a training sample. It depends on record and image alone, never on an LLM."""
+"""What can be wrong, or odd, with a training sample: it depends on record and image, never on an LLM."""
 
 from dataclasses import dataclass
 from enum import Enum

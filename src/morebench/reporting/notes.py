@@ -7,7 +7,7 @@ from morebench.reporting.results import CellResult
 from morebench.reporting.stats import AGGREGATE_RESAMPLES, RESAMPLES
 
 EXCLUSION_TEXT = {
-    "quarantined": "samples left out because their image is missing or damaged",
+    "quarantined": "records quarantined: no sample, or an image that is missing or damaged",
     "truncated": "samples cut at the maximum length",
     "unsupervised": "samples without a supervised token, kept with zero weight",
 }

@@ -243,9 +243,7 @@ def _with_evaluate_seconds(costs: Mapping[str, StepCost], seconds: float | None)
 
 
 def _exclusions(manifest: Mapping[str, Any]) -> dict[str, int]:
-    found = {kind: manifest.get(kind, 0) for kind in EXCLUSIONS}
-    counts = {kind: value if isinstance(value, int) else len(value) for kind, value in found.items()}
-    return {kind: count for kind, count in counts.items() if count}
+    return {kind: count for kind in EXCLUSIONS if (count := manifest.get(kind, 0))}
 
 
 def _anomalies(manifest: Mapping[str, Any]) -> list[str]:

@@ -106,7 +106,8 @@ class Stage:
 def make_stage(config: Config, step: Step, parents: Mapping[Step, Path], is_first: bool = True) -> Stage:
     """Data first: its errors come before seconds of loading weights.
 
-    One rank (`is_first`) asks whether the images are still those that were checked. Raises ConfigError, DataError, WeightsError.
+    One rank (`is_first`) asks whether the images are still those that were checked.
+    Raises ConfigError, DataError, WeightsError.
     """
     recipe, data = recipe_of(config, step)
     for one in (Step.pretrain, Step.finetune):  # the later step too, before the first takes hours

@@ -1,7 +1,7 @@
 """Reads, hashes and decodes images in processes of its own, and keeps what it learnt.
 
-A killed check goes on where it was: finished parts lie in `looked/`. An image whose file has kept its size and
-time is not read again.
+A killed check goes on where it was: finished parts lie in `looked/`. An image whose file has kept its size
+and time is not read again.
 """
 
 import os
@@ -203,7 +203,7 @@ def _spread(work: Callable[[str], Look], names: Sequence[str], workers: int) -> 
                         del running[future]
                         yield found
             except BrokenProcessPool:
-                for future, chunk in list(running.items()):
+                for future in list(running):
                     if future.done() and future.exception() is None:
                         running.pop(future)
                         yield future.result()
