@@ -141,6 +141,7 @@ def toy_data(num_samples: int | None = None) -> TrainingData:
         folder="toy",
         records="records.json",
         images="images",
+        allowed_links=[],
         num_samples=num_samples,
         build=None,
     )

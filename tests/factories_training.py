@@ -132,6 +132,7 @@ def _config(root: Path, family: str) -> Config:
         folder="toy",
         records="records.json",
         images="images",
+        allowed_links=[],
         num_samples=NUM_SAMPLES,
         build=None,
     )

@@ -13,7 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from morebench.config.schema import ImagePolicy, Paths, TrainingData
-from morebench.data.images import decode_image, resolve_inside
+from morebench.data.image_folder import ImageFolder
+from morebench.data.images import decode_image, read_image
 from morebench.data.store import RecordStore, open_records
 from morebench.errors import DataError, join_problems
 
@@ -32,7 +33,7 @@ class Quarantined:
 @dataclass(frozen=True)
 class CheckedData:
     samples: RecordStore  # without the quarantined ones
-    images_root: Path
+    images: ImageFolder
     content_hash: str  # records, images and what is quarantined; not where they lie
     num_records: int
     quarantined: tuple[Quarantined, ...]
@@ -53,13 +54,17 @@ def open_data(data: TrainingData, paths: Paths, policy: ImagePolicy) -> CheckedD
     folder = Path(paths.data) / data.folder
     _check_folder(folder, data)
     records_path, images_root = folder / data.records, folder / data.images
+    images = ImageFolder(images_root, data.allowed_links)
     samples = open_records(records_path, Path(paths.cache))
-    if data.num_samples is not None and len(samples) != data.num_samples:
+    if samples.findings:
+        head = f"{records_path}: {len(samples.findings)} of {samples.num_records} records cannot be used:"
+        raise DataError(f"{head}\n{join_problems(map(str, samples.findings))}")
+    if data.num_samples is not None and samples.num_records != data.num_samples:
         raise DataError(
-            f"{records_path}: {len(samples)} records; {data.label} has {data.num_samples}. "
+            f"{records_path}: {samples.num_records} records; {data.label} has {data.num_samples}. "
             "Fetch the published file again, or set num_samples in its config to what you mean to train on."
         )
-    names = _image_names(samples, images_root, records_path)
+    names = _image_names(samples, images, records_path)
     if names and not images_root.is_dir():
         raise DataError(
             f"{images_root}: no such folder; expected the {len(names)} images that {records_path} names."
@@ -80,9 +85,9 @@ def open_data(data: TrainingData, paths: Paths, policy: ImagePolicy) -> CheckedD
         )
     return CheckedData(
         samples=samples.without(list(bad)) if bad else samples,
-        images_root=images_root,
+        images=images,
         content_hash=_content_hash(samples.sha256, found, bad),
-        num_records=len(samples),
+        num_records=samples.num_records,
         quarantined=tuple(bad.values()),
     )
 
@@ -107,13 +112,13 @@ def _check_folder(folder: Path, data: TrainingData) -> None:
         raise DataError(f"{folder}: the folder is empty; {wanted}. {mend}.")
 
 
-def _image_names(samples: RecordStore, root: Path, records_path: Path) -> list[str]:
-    """Each image once, in the order of the records; none outside `root`."""
+def _image_names(samples: RecordStore, images: ImageFolder, records_path: Path) -> list[str]:
+    """Each image once, in the order of the records; none outside the folder."""
     names = samples.image_names()
     problems = {}
     for name in names:
         try:
-            resolve_inside(root, name)
+            images.path(name)
         except DataError as error:
             problems[name] = error
     if problems:
@@ -144,9 +149,9 @@ def _look(path: Path, known: _Image | None) -> _Image:
         stat = path.stat()
         if known is not None and (known.size, known.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
             return known
-        content = path.read_bytes()
-    except OSError as error:
-        return _Image(-1, -1, "", f"{error.strerror or error}.")
+        content = read_image(path)
+    except (OSError, DataError) as error:
+        return _Image(-1, -1, "", f"{error.strerror}." if isinstance(error, OSError) else str(error))
     digest = sha256(content).hexdigest()
     try:
         decode_image(content)

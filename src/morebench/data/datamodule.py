@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from morebench.data.batch import Batch, collate
 from morebench.data.chat import ChatFormat
 from morebench.data.check import CheckedData
-from morebench.data.images import ImageProcessor, load_image, resolve_inside
+from morebench.data.images import ImageProcessor, load_image
 from morebench.data.packing import BatchPlan
 from morebench.data.records import Sample
 from morebench.errors import DataError
@@ -50,7 +50,7 @@ class MicroBatches(Dataset[Batch]):
 
     def _pixels(self, sample: Sample) -> list[np.ndarray]:
         try:
-            paths = [resolve_inside(self.data.images_root, image) for image in sample.images]
+            paths = [self.data.images.path(image) for image in sample.images]
             return [self.processor(load_image(path)) for path in paths]
         except DataError as error:
             raise DataError(f"record id {sample.id!r}: {error}") from None
