@@ -117,6 +117,7 @@ def make_task(folder: Path, name: str, generator: np.random.Generator) -> Task:
         folder="toy",
         records=f"{name}.json",
         images="images",
+        allowed_links=[],
         num_rows=NUM_ITEMS,
         build=None,
     )

@@ -156,7 +156,7 @@ RECORDS: dict[str, tuple[dict[str, Any], Kind]] = {
         record(1, conversations=[{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]),
         Kind.turns,
     ),
-    "count": (record(1, "0.png", image=["0.png", "0.png"]), Kind.image_count),
+    "count": (record(1, "0.png") | {"image": ["0.png", "0.png"]}, Kind.image_count),
     "empty": (
         record(1, conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]),
         Kind.empty_answer,

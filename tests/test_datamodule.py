@@ -161,7 +161,7 @@ def test_images_reach_the_sample_that_names_them(tmp_path: Path):
         seen |= {sample: parts[3] for sample, parts in split(batches[item]).items()}
     assert sorted(seen) == list(range(21))
     for number, pixels in seen.items():
-        paths = [data.images_root / image for image in data.samples[number].images]
+        paths = [data.images.root / image for image in data.samples[number].images]
         assert pixels == [PROCESSOR(load_image(path)).tolist() for path in paths]
 
 
@@ -180,7 +180,7 @@ def test_workers_and_resume_change_nothing(tmp_path: Path, num_workers: int):
 def test_an_image_that_vanished_is_named(tmp_path: Path):
     data = write(tmp_path)
     batches = dataset(data, tmp_path)
-    (data.images_root / "3.png").unlink()
+    (data.images.root / "3.png").unlink()
     with pytest.raises(DataError, match=r"record id 'r\d+': .*3\.png: No such file"):
         list(loader(batches, 0, 0))
 

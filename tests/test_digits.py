@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from morebench.config.compose import CONF_DIR, load_chat_format, load_shape
 from morebench.config.schema import LLM, VisualScale, Weights
 from morebench.data.chat import ChatFormat
-from morebench.data.images import load_image, resolve_inside
+from morebench.data.image_folder import ImageFolder
+from morebench.data.images import load_image
 from morebench.data.store import open_records
 from morebench.digits import scenes, tiny_llm, tiny_vision
 from morebench.digits.fitting import schedule
@@ -130,7 +131,7 @@ def test_records_are_llava_records_with_images_that_open(data: Path, name: str, 
     assert len({sample.id for sample in samples}) == len(samples)
     for sample in samples:
         for image in sample.images:
-            load_image(resolve_inside(data / "images", image))
+            load_image(ImageFolder(data / "images").path(image))
 
 
 def test_finetune_has_text_only_records_and_images_after_the_question(data: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ class TrainingData:
     folder: str = unidentified()  # below paths.data; the content is hashed, its place is not
     records: str = unidentified()  # JSON list in `folder`
     images: str = unidentified()  # folder in `folder` that the records' image paths are relative to
-    allowed_links: list[str] = unidentified()  # folders outside `images` that links in it may lead below
+    allowed_links: list[str] = unidentified()  # absolute: where links in `images` may lead to outside it
     also_quarantine: list[str] = unidentified()  # kinds of findings that are otherwise counted and kept
     num_samples: int | None  # records, as published; another count is an error
     build: dict[str, Any] | None  # recipe that makes the files when they are missing
@@ -198,6 +198,7 @@ class TaskData:
     folder: str = unidentified()  # below paths.data: a local mirror, or the records below
     records: str | None = unidentified()  # JSON list in `folder`; null: the rows of the hub data set
     images: str | None = unidentified()
+    allowed_links: list[str] = unidentified()  # absolute: where links in `images` may lead to outside it
     num_rows: int | None
     build: dict[str, Any] | None
 

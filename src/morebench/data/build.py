@@ -7,7 +7,8 @@ source   laion, recap, or laion_recap: half of each, no image in both
 input    a folder or file, or several with commas between: .tar shards with images and captions
          (webdataset), or .parquet shards of metadata
 images   folder of the images of .parquet shards; input if not given. Where both kinds of shards lie in
-         input, the .tar are read, or with images=... the .parquet
+         input, the .tar are read, or with images=... the .parquet. Links that lead out of it are followed
+         to the folders of pretrain_data.allowed_links=[DIR] alone
 n        number of samples; the num_samples of the pretrain_data choice if not given
 seed     draws other samples; 0 if not given
 workers  processes and threads; all cores if not given. Changes nothing in the result
@@ -57,7 +58,8 @@ def command(arguments: Sequence[str]) -> None:
     n = numbers.get("n", config.pretrain_data.num_samples)
     if n is None or n < len(SOURCES[name]):
         problems.append(f"n={n}: expected at least {len(SOURCES[name])}.")
-    sources = [_source(one, len(SOURCES[name]) > 1, given, problems) for one in SOURCES[name]]
+    allowed = tuple(config.pretrain_data.allowed_links)
+    sources = [_source(one, len(SOURCES[name]) > 1, allowed, given, problems) for one in SOURCES[name]]
     problems += [f"{key}=...: unknown here. See --help." for key in given]
     if problems or n is None:
         raise ConfigError(join_problems(problems))
@@ -115,7 +117,11 @@ def _numbers(given: dict[str, list[str]], problems: list[str]) -> dict[str, int]
 
 
 def _source(
-    name: str, is_mixed: bool, given: dict[str, list[str]], problems: list[str]
+    name: str,
+    is_mixed: bool,
+    allowed_links: tuple[str, ...],
+    given: dict[str, list[str]],
+    problems: list[str],
 ) -> tuple[Source, dict[str, Any]]:
     """The source, and what was given for it."""
     own = {}
@@ -151,7 +157,7 @@ def _source(
         caption=tuple(own.get("columns.caption", published.caption)),
         image=own.get("columns.image", [None])[0],
     )
-    return Source(name, shards, None if are_tars else images, columns), own
+    return Source(name, shards, None if are_tars else images, columns, allowed_links), own
 
 
 def _print(manifest: dict[str, Any], request: Request, config: Config, was_there: bool) -> None:

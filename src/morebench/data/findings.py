@@ -1,7 +1,9 @@
-"""What can be wrong, or odd, with a training sample: it depends on record and image, never on an LLM."""
+"""What can be wrong, or odd, with a training sample: by its record and images alone, never by an LLM."""
 
 from dataclasses import dataclass
 from enum import Enum
+
+from morebench.errors import DataError
 
 
 class Kind(Enum):
@@ -26,7 +28,7 @@ class Kind(Enum):
     wrong_extension = "file name says another format"
     animated = "animated image: its first frame is used"
     cmyk = "CMYK image: converted without its colour profile"
-    deep = "more than 8 bits a channel: cut to 8"
+    deep = "more than 8 bits a channel: cut off or clipped to 8"
     blank = "image of one colour"
 
     @property
@@ -44,11 +46,36 @@ _KEPT = (
 )
 
 
+class SampleError(DataError):
+    """Keeps one sample out; the rest of the data can be used."""
+
+    def __init__(self, kind: Kind, reason: str) -> None:
+        super().__init__(kind, reason)  # both, so that it can be pickled
+        self.kind = kind
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 @dataclass(frozen=True)
 class Finding:
     kind: Kind
     reason: str  # a sentence
     record: int  # number in the records file, from 0
     offset: int  # byte in the records file at which the record begins
-    id: str | None = None  # None where the record has none
+    id: str | None = None  # None where the record has none; a very long one is shortened
     image: str | None = None  # as the record names it
+
+    def __str__(self) -> str:
+        named = "" if self.id is None else f" (id {self.id!r})"
+        return f"record {self.record}{named}: {self.reason} (byte {self.offset})"
+
+
+MAX_SHOWN = 300  # characters
+
+
+def printable(text: str, limit: int = MAX_SHOWN) -> str:
+    """What a file says, as any terminal can show it: no half characters, of bounded length."""
+    shown = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return shown.encode(errors="backslashreplace").decode()

@@ -2,29 +2,30 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+import stat
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from morebench.data.records import Sample, Turn, iter_records
-from morebench.errors import DataError, join_problems
+from morebench.data.findings import Finding, Kind
+from morebench.data.records import Sample, Turn
+from morebench.data.store_build import SAMPLES, build, findings_path, replace_file, unreadable
+from morebench.errors import DataError
 
-VERSION = 1
-ROWS = 4096  # of a record batch: the unit that is read back
-_TEXTS = pa.list_(pa.large_string())
-_SCHEMA = pa.schema({"id": pa.string(), "images": _TEXTS, "questions": _TEXTS, "answers": _TEXTS})
+VERSION = 2  # raised when the same file would give another store
 
 
 @dataclass(frozen=True, eq=False)
 class RecordStore(Sequence[Sample]):
-    """All samples of a records file, or the `rows` of them that are kept."""
+    """All usable samples of a records file, or the `rows` of them that are kept."""
 
     path: Path  # Arrow IPC file
     sha256: str  # of the records file
@@ -40,13 +41,49 @@ class RecordStore(Sequence[Sample]):
     def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
         if isinstance(number, slice):
             return [self[one] for one in range(*number.indices(len(self)))]
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        number %= len(self)
-        batch, row = divmod(number if self.rows is None else int(self.rows[number]), ROWS)
-        values = [column[row].as_py() for column in self._batches[batch].columns]
-        turns = map(Turn, values[2], values[3])
-        return Sample(values[0], tuple(values[1]), tuple(turns))
+        batch, row = self._place(number)
+        record_id, images, questions, answers = (batch.column(column)[row].as_py() for column in range(4))
+        return Sample(record_id, tuple(images), tuple(map(Turn, questions, answers)))
+
+    def record_of(self, number: int) -> tuple[int, int]:
+        """Of a sample: the number of its record in the file, and the byte at which that begins."""
+        batch, row = self._place(number)
+        return batch.column("record")[row].as_py(), batch.column("offset")[row].as_py()
+
+    @property
+    def records(self) -> np.ndarray:
+        """int64 [N], ascending: of every sample, the number of its record in the file."""
+        numbers = self._column("record").to_numpy()
+        return numbers if self.rows is None else numbers[self.rows]
+
+    def num_characters(self) -> np.ndarray:
+        """int64 [N]: of all questions and answers of a sample."""
+        counts = [
+            _num_characters(batch.column("questions")) + _num_characters(batch.column("answers"))
+            for batch in self._batches
+        ]
+        of_rows = np.concatenate([np.zeros(0, np.int64), *counts])
+        return of_rows if self.rows is None else of_rows[self.rows]
+
+    @property
+    def num_records(self) -> int:
+        """Of the file: usable or not."""
+        return self._num_rows + self._findings.num_rows
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The records that are no usable sample."""
+        return tuple(Finding(Kind[row.pop("kind")], **row) for row in self._findings.to_pylist())
+
+    def duplicate_ids(self) -> np.ndarray:
+        """int64, rows (as in `rows`) whose id an earlier usable sample has.
+
+        An array and no findings: in published data it is half of the samples.
+        """
+        # every new id gets the next code, so that an id is new where its code is a new maximum
+        codes = self._column("id").combine_chunks().dictionary_encode().indices.to_numpy()
+        before = np.maximum.accumulate(codes)
+        return 1 + np.flatnonzero(codes[1:] <= before[:-1])
 
     def without(self, rows: Sequence[int]) -> "RecordStore":
         """`rows` are numbers of this store."""
@@ -56,6 +93,12 @@ class RecordStore(Sequence[Sample]):
     def image_names(self) -> list[str]:
         """Of all rows: each once, in the order of the records."""
         return self._column("images").combine_chunks().flatten().unique().to_pylist()
+
+    def image_numbers(self, number: int) -> list[int]:
+        """Of a sample's images: where they are in `image_names()`."""
+        row = self._row(number)
+        starts, numbers = self._image_numbers
+        return numbers[starts[row] : starts[row + 1]].tolist()
 
     def rows_with_image(self, names: Sequence[str]) -> list[int]:
         """Numbers of the samples (of all rows) that show one of these images."""
@@ -70,135 +113,85 @@ class RecordStore(Sequence[Sample]):
     def __reduce__(self) -> tuple[Any, ...]:
         return RecordStore, (self.path, self.sha256, self.rows)
 
+    def _row(self, number: int) -> int:
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        number %= len(self)
+        return number if self.rows is None else int(self.rows[number])
+
+    def _place(self, number: int) -> tuple[pa.RecordBatch, int]:
+        row = self._row(number)
+        batch = bisect_right(self._starts, row) - 1
+        return self._batches[batch], row - self._starts[batch]
+
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
         reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
         return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
     @cached_property
+    def _starts(self) -> list[int]:
+        """First row of every batch, and the number of rows."""
+        return list(accumulate((batch.num_rows for batch in self._batches), initial=0))
+
+    @property
     def _num_rows(self) -> int:
-        return sum(batch.num_rows for batch in self._batches)
+        return self._starts[-1]
+
+    @cached_property
+    def _findings(self) -> pa.Table:
+        return pa.ipc.open_file(pa.memory_map(str(findings_path(self.path)))).read_all()
+
+    @cached_property
+    def _image_numbers(self) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [rows + 1]: where the images of a row begin, and int32 [images] of all rows."""
+        images = self._column("images").combine_chunks()
+        return images.offsets.to_numpy(), images.flatten().dictionary_encode().indices.to_numpy()
 
     def _column(self, name: str) -> pa.ChunkedArray:
-        return pa.chunked_array([batch.column(name) for batch in self._batches], _SCHEMA.field(name).type)
+        return pa.chunked_array([batch.column(name) for batch in self._batches], SAMPLES.field(name).type)
 
 
 def open_records(path: Path, cache: Path, say: Callable[[str], None] | None = None) -> RecordStore:
     """The store of a records file, made anew when the file's size or time has changed.
 
-    Raises one DataError that lists every bad record, with its place in the file.
+    A record that is no usable sample is one of the store's findings. Raises DataError for what is no list of
+    records, and where not one of them can be used.
     """
     try:
-        stat = path.stat()
+        found = path.stat()
     except FileNotFoundError:
         raise DataError(f"{path}: no such records file; expected a JSON list of records there.") from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+        raise DataError(f"{path}: not a file; expected a JSON list of records.")
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     arrow = cache / "records" / f"{key}.arrow"
-    wanted = {"version": VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    wanted = {"version": VERSION, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
     facts = _facts(arrow)
     if not wanted.items() <= facts.items():
-        if say is not None and stat.st_size > 100e6:
-            say(f"reading {path} ({stat.st_size / 1e6:.0f} MB)")
-        facts = wanted | {"sha256": _build(path, arrow)}
-        _replace(arrow.with_suffix(".json"), lambda aside: aside.write_text(json.dumps(facts)))
+        if say is not None and found.st_size > 100e6:
+            say(f"reading {path} ({found.st_size / 1e6:.0f} MB)")
+        arrow.with_suffix(".json").unlink(missing_ok=True)  # it would vouch for what is replaced now
+        facts = wanted | {"sha256": build(path, arrow)}
+        replace_file(arrow.with_suffix(".json"), lambda aside: aside.write_text(json.dumps(facts)))
     return RecordStore(arrow, facts["sha256"])
+
+
+def _num_characters(texts: pa.LargeListArray) -> np.ndarray:
+    """int64, per list: of all its texts."""
+    before = np.concatenate([[0], np.cumsum(pc.utf8_length(texts.flatten()).to_numpy())])
+    bounds = texts.offsets.to_numpy() - texts.offsets[0].as_py()
+    return before[bounds[1:]] - before[bounds[:-1]]
 
 
 def _facts(arrow: Path) -> dict[str, Any]:
     """What the store was made of; nothing if it is not there or damaged."""
     try:
         facts = json.loads(arrow.with_suffix(".json").read_bytes())
-        pa.ipc.open_file(pa.memory_map(str(arrow)))
+        for one in (arrow, findings_path(arrow)):
+            pa.ipc.open_file(pa.memory_map(str(one)))
     except (OSError, ValueError, pa.ArrowInvalid):
         return {}
     return facts if isinstance(facts, dict) else {}
-
-
-def _build(path: Path, arrow: Path) -> str:
-    """Write the store of `path`; returns the file's sha256. Nothing is left behind for a bad file."""
-    problems: list[str] = []
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-
-            def write(aside: Path) -> None:
-                samples = _good(iter_records(_Hashed(file, digest), path), problems)
-                num_rows = _write_batches(samples, aside)
-                if not num_rows and not problems:
-                    raise DataError(f"{path}: the list of records is empty; expected at least one.")
-                if problems:
-                    raise _bad_records(problems, num_rows + len(problems), path)
-
-            _replace(arrow, write)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    return digest.hexdigest()
-
-
-class _Hashed:
-    """A file whose content goes through a digest on its way."""
-
-    def __init__(self, file: BinaryIO, digest: Any) -> None:
-        self._file = file
-        self._digest = digest
-
-    def read(self, size: int) -> bytes:
-        content = self._file.read(size)
-        self._digest.update(content)
-        return content
-
-
-def _good(found: Iterator[Sample | DataError], problems: list[str]) -> Iterator[Sample]:
-    for one in found:
-        if isinstance(one, Sample):
-            yield one
-        else:
-            problems.append(str(one))
-
-
-def _write_batches(samples: Iterator[Sample], path: Path) -> int:
-    num_rows = 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        rows: list[Sample] = []
-        for sample in samples:
-            rows.append(sample)
-            if len(rows) == ROWS:
-                writer.write_batch(_batch(rows))
-                num_rows += len(rows)
-                rows.clear()
-        if rows:
-            writer.write_batch(_batch(rows))
-    return num_rows + len(rows)
-
-
-def _batch(samples: Sequence[Sample]) -> pa.RecordBatch:
-    columns = {
-        "id": [sample.id for sample in samples],
-        "images": [list(sample.images) for sample in samples],
-        "questions": [[turn.question for turn in sample.turns] for sample in samples],
-        "answers": [[turn.answer for turn in sample.turns] for sample in samples],
-    }
-    return pa.record_batch(columns, schema=_SCHEMA)
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _bad_records(problems: Sequence[str], num_records: int, path: Path) -> DataError:
-    if len(problems) == 1:
-        return DataError(problems[0])
-    head = f"{len(problems)} of {num_records} records in {path} cannot be used:"
-    return DataError(f"{head}\n{join_problems(problems)}")
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: the records file cannot be read: {error.strerror or error}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from morebench.config.compose import build
 from morebench.config.schema import Paths, Profile, Task, TaskData
-from morebench.data.images import resolve_inside
+from morebench.data.image_folder import ImageFolder
 from morebench.errors import DataError, join_problems
 from morebench.evaluation.tasks.benchmark import Benchmark, Question, Record
 
@@ -39,11 +39,11 @@ def open_task(name: str, task: Task, paths: Paths, profile: Profile) -> OpenTask
     if path is None or not path.is_file():
         raise DataError(f"{name}: its records are not at {path or Path(paths.data) / task.data.folder}.")
     records = _read(path)
-    images_root = Path(paths.data) / task.data.folder / (task.data.images or "")
+    folder = _images(task.data, paths)
     items, problems = [], []
     for index, record in enumerate(records):
         try:
-            items.append(_item(index, record, benchmark, profile, images_root))
+            items.append(_item(index, record, benchmark, profile, folder))
         except DataError as error:
             problems.append(f"{path}: record {index}: {error}")
     if problems:
@@ -59,9 +59,9 @@ def task_hash(data: TaskData, paths: Paths) -> str | None:
     if path is None or not path.is_file():
         return None
     digest = hashlib.sha256(path.read_bytes())
-    images_root = path.parent / (data.images or "")
+    folder = _images(data, paths)
     for name in dict.fromkeys(str(record["image"]) for record in _read(path) if "image" in record):
-        image = resolve_inside(images_root, name)
+        image = folder.path(name)
         if not image.is_file():
             raise DataError(f"{path}: image {image} does not exist.")
         digest.update(name.encode() + hashlib.sha256(image.read_bytes()).digest())
@@ -70,6 +70,10 @@ def task_hash(data: TaskData, paths: Paths) -> str | None:
 
 def _records_path(data: TaskData, paths: Paths) -> Path | None:
     return Path(paths.data) / data.folder / data.records if data.records else None
+
+
+def _images(data: TaskData, paths: Paths) -> ImageFolder:
+    return ImageFolder(Path(paths.data) / data.folder / (data.images or ""), data.allowed_links)
 
 
 def _read(path: Path) -> list[Record]:
@@ -82,7 +86,7 @@ def _read(path: Path) -> list[Record]:
     return records
 
 
-def _item(index: int, record: Record, benchmark: Benchmark, profile: Profile, images_root: Path) -> Item:
+def _item(index: int, record: Record, benchmark: Benchmark, profile: Profile, folder: ImageFolder) -> Item:
     if missing := [field for field in benchmark.fields if field not in record]:
         raise DataError(f"no field {', '.join(missing)}; found {', '.join(record)}")
     try:
@@ -94,7 +98,7 @@ def _item(index: int, record: Record, benchmark: Benchmark, profile: Profile, im
         ) from error
     if absent := [field for field in question.images if field not in record]:
         raise DataError(f"no field {', '.join(absent)}")
-    images = tuple(resolve_inside(images_root, str(record[field])) for field in question.images)
+    images = tuple(folder.path(str(record[field])) for field in question.images)
     if gone := [str(image) for image in images if not image.is_file()]:
         raise DataError(f"image {', '.join(gone)} does not exist")
     return Item(index, str(record.get("id", index)), record, question, images)

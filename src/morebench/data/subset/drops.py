@@ -16,7 +16,7 @@ class Drop(StrEnum):
     refused_member = "tar member is a link, a device or outside"
 
     missing_image = "image is missing"
-    outside = "image path points outside"
+    outside = "image path, or a link on it, leads outside"
     unusable_image = "image cannot be used"
     duplicate_id = "id was taken before"
     duplicate_image = "image was taken before"

@@ -1,18 +1,21 @@
 """Reads and decodes the image of a candidate, and lays it down under the name of its hash."""
 
 import os
-import stat
 import threading
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from morebench.data.images import decode_image, resolve_inside
+from morebench.data.findings import Kind, SampleError
+from morebench.data.image_folder import ImageFolder
+from morebench.data.images import decode_image, read_image
 from morebench.data.subset.drops import Drop
 from morebench.data.subset.ranking import Candidate
 from morebench.data.subset.shards import Source
-from morebench.data.subset.tar import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from morebench.errors import DataError
+from morebench.data.subset.tar import IMAGE_SUFFIXES
+
+# by the kind of SampleError that reading gives; a folder or an unreadable file is an unusable image
+_DROPS = {Kind.missing: Drop.missing_image, Kind.outside: Drop.outside, Kind.too_large: Drop.too_large}
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,19 @@ class Looker:
 
     def __init__(self, source: Source, images: Path, spare: Path) -> None:
         self._source, self._images, self._spare = source, images, spare
+        self._folder = None if source.images is None else ImageFolder(source.images, source.allowed_links)
 
     def __call__(self, candidate: Candidate) -> Looked:
         try:
             found = self._find(candidate)
-            content = found if isinstance(found, bytes) else _read(found)
-        except FileNotFoundError:
-            return Looked("", Drop.missing_image)
-        except DataError:
-            return Looked("", Drop.outside)
-        except OSError:  # a folder, a name too long, an unreadable file
+            content = found if isinstance(found, bytes) else read_image(found)
+        except SampleError as error:
+            return Looked("", _DROPS.get(error.kind, Drop.unusable_image))
+        except OSError:  # a name too long, a shard that is gone
             return Looked("", Drop.unusable_image)
-        if content is None:
-            return Looked("", Drop.too_large)
         try:
             decode_image(content)
-        except (DataError, MemoryError):
+        except SampleError:
             return Looked("", Drop.unusable_image)
         original = None if isinstance(found, bytes) else found
         suffix = candidate["place"] if original is None else original.suffix.lower()
@@ -53,24 +53,24 @@ class Looker:
         return Looked(image, None)
 
     def is_there(self, looked: Looked) -> bool:
-        """Whether what a killed build found still holds; a missing image may have come since."""
+        """Whether what was found still holds: an image may have come, or a link been allowed since."""
         if looked.problem is not None:
-            return looked.problem is not Drop.missing_image
+            return looked.problem not in (Drop.missing_image, Drop.outside)
         return (self._images / looked.image).exists()
 
     def _find(self, candidate: Candidate) -> bytes | Path:
         """The bytes from a tar, or the path of a file."""
-        if self._source.images is None:
+        if self._folder is None:
             with self._source.shards[candidate["shard"]].path.open("rb") as shard:
                 shard.seek(candidate["offset"])
                 return shard.read(candidate["size"])
-        path = resolve_inside(self._source.images, candidate["place"])
+        place = candidate["place"]
         if self._source.columns.image is not None:
-            return path
+            return self._folder.path(place)
         for suffix in IMAGE_SUFFIXES:
-            if (named := path.with_name(path.name + suffix)).exists():
-                return named
-        raise FileNotFoundError(path)
+            if (path := self._folder.path(place + suffix)).exists():
+                return path
+        raise SampleError(Kind.missing, f"{self._folder.root / place}: no file with the suffix of an image.")
 
     def _lay_down(self, image: str, content: bytes, original: Path | None) -> None:
         target = self._images / image
@@ -82,14 +82,6 @@ class Looker:
         if original is None or not _linked(original, aside):
             aside.write_bytes(content)
         aside.replace(target)
-
-
-def _read(path: Path) -> bytes | None:
-    """None for a file that is too large. Raises OSError, also for what is no file: a pipe never ends."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise IsADirectoryError(path)
-    return path.read_bytes() if found.st_size <= MAX_IMAGE_BYTES else None
 
 
 def _linked(original: Path, link: Path) -> bool:

@@ -43,6 +43,7 @@ class Source:
     shards: tuple[Shard, ...]
     images: Path | None  # None: the images are in the shards
     columns: Columns
+    allowed_links: tuple[str, ...] = ()  # of ImageFolder
 
 
 def find_shards(inputs: Sequence[Path], images: Path | None) -> tuple[Shard, ...] | str:

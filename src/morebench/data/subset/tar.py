@@ -11,12 +11,12 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from morebench.data.images import MAX_IMAGE_BYTES
 from morebench.data.subset.candidates import CandidateWriter
 from morebench.data.subset.drops import Drop
 from morebench.data.subset.shards import Columns
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MAX_IMAGE_BYTES = 2**28  # more than the largest image that is decoded takes uncompressed
 MAX_TEXT_BYTES = 2**20
 KEY = "key"
 
