@@ -83,7 +83,7 @@ def stock(config: Config, pretrained: Path) -> tuple[float, dict[str, Tensor]]:
     for number in stage.plan(1, 1).global_batch(0).tolist():
         sample = stage.data.samples[number]
         encoded = stage.chat.encode(sample, stage.tokenizer, dataset.num_visual_tokens, dataset.max_length)
-        pixels = dataset._pixels(sample)
+        pixels = dataset.pixels(number)
         batch = collate([encoded], pixels, [number], 1, dataset.processor.image_size)
         embeds = llm.get_input_embeddings()(batch.input_ids)
         if pixels:

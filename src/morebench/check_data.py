@@ -125,7 +125,7 @@ def _is_below(override: Override, group: str) -> bool:
 
 def _wanted(cells: Sequence[Composed], groups: Sequence[str]) -> dict[str, tuple[TrainingData, Config]]:
     """Every data set once, by its place."""
-    found = {}
+    found: dict[str, tuple[TrainingData, Config]] = {}
     for group in groups:
         for cell in cells:
             data: TrainingData = getattr(cell.config, group)

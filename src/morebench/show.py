@@ -58,17 +58,17 @@ def print_plan(plan: Plan, file: TextIO = sys.stdout) -> None:
 def _data_table(states: Sequence[DataState]) -> Table:
     """One row for every manifest of training data that the plan rests on."""
     table = Table(box=None, header_style="bold")
-    for column in ("training data", "records", "samples", "quarantined", "images", "checked", "content"):
-        table.add_column(column, justify="right" if column in ("records", "samples", "images") else "left")
+    table.add_column("training data", overflow="fold")
+    for column in ("samples", "quarantined", "images", "checked", "content"):
+        table.add_column(column, justify="left" if column == "content" else "right", no_wrap=True)
     for state in states:
         manifest = state.manifest
         if manifest is None or state.status is not Status.checked:
-            table.add_row(escape(state.data.label), *[""] * 4, f"[yellow]{state.status.value}[/]", "")
+            table.add_row(escape(state.data.label), "", "", "", f"[yellow]{state.status.value}[/]")
             continue
         share = f" ({manifest.quarantined_share:.3%})" if manifest.num_quarantined else ""
         table.add_row(
             escape(state.data.label),
-            f"{manifest.num_records:,}",
             f"{manifest.num_samples:,}",
             f"{manifest.num_quarantined:,}{share}",
             f"{manifest.num_images:,}",

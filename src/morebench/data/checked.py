@@ -57,7 +57,7 @@ class Manifest:
 class Status(Enum):
     absent = "absent"  # there is no records file
     unchecked = "not checked"
-    stale = "changed since it was checked"
+    stale = "stale"
     checked = "checked"
 
 
@@ -188,14 +188,14 @@ def open_checked(data: TrainingData, paths: Paths, max_quarantined: float = 1.0)
     if samples.sha256 != state.manifest.records["sha256"]:
         raise DataError(f"{data.label}: its records have changed. Run `python -m morebench.data check`.")
     quarantined = [json.loads(line)["record"] for line in (folder / QUARANTINE).read_text().splitlines()]
-    images = ImageFolder(records / data.images, [Path(link) for link in data.allowed_links])
+    images = ImageFolder(records / data.images, data.allowed_links)
     return CheckedData(without(samples, quarantined), images, folder, state.manifest)
 
 
 def without(samples: RecordStore, quarantined: Iterable[int]) -> RecordStore:
     """`quarantined` are numbers of records; those that are no samples anyway are not in the store."""
     rows = np.flatnonzero(np.isin(samples.records, list(quarantined)))
-    return samples.without(rows) if len(rows) else samples
+    return samples.without(rows.tolist()) if len(rows) else samples
 
 
 def content_hash(

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,15 +40,15 @@ class MicroBatches(Dataset[Batch]):
         samples = [self.data.samples[number] for number in ids]
         return collate(
             [self.chat.encode(s, self.tokenizer, self.num_visual_tokens, self.max_length) for s in samples],
-            [
-                self.processor(decode_image(content))
-                for number in ids
-                for content in self.data.read_images(number)
-            ],
+            [pixels for number in ids for pixels in self.pixels(number)],
             ids,
             self.plan.supervised_tokens(step),
             self.processor.image_size,
         )
+
+    def pixels(self, number: int) -> list[np.ndarray]:
+        """Of a sample's images: uint8 [S, S, 3] each."""
+        return [self.processor(decode_image(content)) for content in self.data.read_images(number)]
 
 
 def loader(dataset: MicroBatches, first_step: int, num_workers: int) -> DataLoader[Batch]:

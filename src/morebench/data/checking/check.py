@@ -56,7 +56,7 @@ def check_data(
         raise DataError(
             f"{images_root}: no such folder; expected the {len(names):,} images that {records_path} names."
         )
-    images = ImageFolder(images_root, [Path(link) for link in data.allowed_links])
+    images = ImageFolder(images_root, data.allowed_links)
     out = checked.check_folder(data, paths)
     out.mkdir(parents=True, exist_ok=True)
     (out / checked.MANIFEST).unlink(missing_ok=True)  # from here on, what lies there is in the making
@@ -102,6 +102,8 @@ def check_data(
 
 def _check_folder(folder: Path, data: TrainingData) -> None:
     wanted = f"expected {data.records} and {data.images}/ of {data.label} there"
+    if data.build is not None and not folder.exists():
+        raise DataError(f"{folder}: not built yet; `python -m morebench.train` builds it and checks it then.")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {wanted}. Put the data there or set paths.data.")
     if not any(folder.iterdir()):

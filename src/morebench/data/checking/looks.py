@@ -114,7 +114,7 @@ def look_at_all(
     then = np.full((len(names), 2), -2, np.int64)
     for column, key in enumerate(("size", "mtime_ns")):
         then[rows >= 0, column] = known.column(key).to_numpy()[rows[rows >= 0]]
-    todo = np.flatnonzero((now != then).any(axis=1) | (now == ABSENT).any(axis=1))
+    todo = np.flatnonzero((now != then).any(axis=1) | (now == ABSENT).any(axis=1)).tolist()
     found, part = [SCHEMA.empty_table()], list[Look]()
     done = len(names) - len(todo)
     with Progress("images", len(names), done) as progress:

@@ -22,6 +22,7 @@ GREY, RED, INK = (225, 225, 225), (170, 30, 30), (40, 40, 40)
 
 def draw_lengths(manifest: Manifest, path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     wanted = [("characters", manifest.characters)]
     wanted += [(f"tokens, {name}", facts) for name, facts in manifest.tokens.items()]
@@ -35,6 +36,8 @@ def draw_lengths(manifest: Manifest, path: Path) -> None:
             )
             axis.set_title(f"{label} a sample: {told}", fontsize=9)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.0f}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_ylabel("samples")
     axes[0].annotate(
         f"{manifest.label}: {manifest.num_samples:,} samples",
