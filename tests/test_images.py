@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 from factories_vision import MODEL_TYPES, composed, normalise_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_transforms import convert_to_rgb
 
 from morebench.config.schema import AspectRatio, ImageProcessing, Interpolation, Resize
 from morebench.data.images import (
+    RESAMPLING,
     ImageProcessor,
     decode_image,
     load_image,
     mean_colour,
-    pad_to_square,
     resolve_inside,
 )
 from morebench.errors import ConfigError, DataError
@@ -52,6 +54,13 @@ COLOURS = {
 def noise(width: int, height: int) -> Image.Image:
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def processing(choice: str) -> ImageProcessing:
@@ -216,10 +225,51 @@ def test_the_padding_colours_of_the_study(choice: str):
 
 
 def test_padding_centres_the_image_and_rounds_down():
-    white = Image.new("RGB", (2, 5), "white")
-    padded = np.asarray(pad_to_square(white, (1, 2, 3)))
-    assert padded.shape == (5, 5, 3)
-    assert padded[0].tolist() == [[1, 2, 3], [255] * 3, [255] * 3, [1, 2, 3], [1, 2, 3]]
+    wanted = ImageProcessing(
+        resize=Resize.squash,
+        resize_to=5,
+        interpolation=Interpolation.bicubic,
+        mean=[0.25, 0.5, 0.75],
+        std=[1.0] * 3,
+    )
+    padded = ImageProcessor(wanted, 5, AspectRatio.pad)
+    row = [[63, 127, 191], [255] * 3, [255] * 3, [63, 127, 191], [63, 127, 191]]
+    assert padded(Image.new("RGB", (2, 5), "white")).tolist() == [row] * 5
+    assert padded(Image.new("RGB", (5, 2), "white")).swapaxes(0, 1).tolist() == [row] * 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    st.sampled_from(AspectRatio),
+    st.sampled_from(Resize),
+    st.sampled_from(Interpolation),
+    st.integers(0, 20),
+)
+def test_one_resize_in_two_steps_gives_the_same_pixels(
+    size: tuple[int, int],
+    aspect_ratio: AspectRatio,
+    resize: Resize,
+    interpolation: Interpolation,
+    margin: int,
+):
+    """The plain way: pad the whole square, resize at once, crop the middle."""
+    image, margin = noise(*size), margin if resize is Resize.shortest_edge else 0
+    wanted = ImageProcessing(
+        resize=resize,
+        resize_to=40 + margin,
+        interpolation=interpolation,
+        mean=[0.1, 0.5, 0.9],
+        std=[1.0] * 3,
+    )
+    found = ImageProcessor(wanted, 40, aspect_ratio)(image)
+    plain = pad_to_square(image, mean_colour(wanted)) if aspect_ratio is AspectRatio.pad else image
+    width = height = wanted.resize_to
+    if resize is Resize.shortest_edge:
+        width, height = (int(wanted.resize_to * edge / min(plain.size)) for edge in plain.size)
+    plain = plain.resize((width, height), RESAMPLING[interpolation])
+    left, top = (width - 40) // 2, (height - 40) // 2
+    np.testing.assert_array_equal(found, plain.crop((left, top, left + 40, top + 40)))
 
 
 @pytest.mark.parametrize(("resize", "resize_to"), [(Resize.squash, 60), (Resize.shortest_edge, 48)])
