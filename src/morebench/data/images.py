@@ -99,9 +99,9 @@ class ImageProcessor:
         side, size = max(image.size), self.image_size
         frame = (side, side) if self._aspect_ratio is AspectRatio.pad else image.size
         width, height = self._resized(frame)
-        # PIL resizes along x, rounds to 8 bits, then along y. Made one by one the pixels are the same, and the
-        # first, longer half is spared the rows of padding (one colour stays one colour), the second what is
-        # cropped. tests/test_images.py compares with pad, resize, crop.
+        # PIL resizes along x, rounds to 8 bits, then along y. One by one they give the pixels of pad, resize
+        # and crop, but the first need not run over rows of padding (one colour stays one colour), nor the
+        # second over columns that are cropped.
         image = self._pad(image, frame[0], image.height)
         image = self._resize(image, width, image.height)
         image = self._pad(_crop(image, size, image.height), size, frame[1])
