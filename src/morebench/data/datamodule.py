@@ -100,7 +100,7 @@ class _Told(Dataset[Batch | DataError]):
 
 @contextmanager
 def dead_workers_named() -> Iterator[None]:
-    """Around all that runs while a Loader is open: torch notices a killed worker anywhere, in several ways."""
+    """Around what runs while a Loader is open: torch notices a killed worker anywhere, in several ways."""
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:

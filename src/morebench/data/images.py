@@ -73,7 +73,7 @@ def mean_colour(processing: ImageProcessing) -> tuple[int, int, int]:
 
 
 class ImageProcessor:
-    """Padding, resizing and cropping. The device normalises (`models.normalise`)."""
+    """Padding, resizing, cropping: the same pixels under every version of Pillow. The device normalises."""
 
     def __init__(
         self, processing: ImageProcessing, image_size: int, aspect_ratio: AspectRatio, scale: int = 1
@@ -99,9 +99,9 @@ class ImageProcessor:
         side, size = max(image.size), self.image_size
         frame = (side, side) if self._aspect_ratio is AspectRatio.pad else image.size
         width, height = self._resized(frame)
-        # PIL resizes along x, rounds to 8 bits, then along y. One by one they give the pixels of pad, resize
-        # and crop, but the first need not run over rows of padding (one colour stays one colour), nor the
-        # second over columns that are cropped.
+        # Along x, rounded to 8 bits, then along y, as Pillow up to 12 resizes; from 13 on it takes some tall
+        # images the other way round, which gives other pixels. One by one, moreover, x need not run over rows
+        # of padding (one colour stays one colour), nor y over columns that the crop drops.
         image = self._pad(image, frame[0], image.height)
         image = self._resize(image, width, image.height)
         image = self._pad(_crop(image, size, image.height), size, frame[1])
