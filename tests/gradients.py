@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from morebench.config.schema import Config, Part, Step
 from morebench.data.batch import collate
-from morebench.data.datamodule import loader
+from morebench.data.datamodule import Loader
 from morebench.training.module import StageModule
 from morebench.training.signals import StopRequest
 from morebench.training.stage import make_stage
@@ -56,7 +56,7 @@ def ours(config: Config, micro_batches: int, pretrained: Path) -> tuple[float, d
             stop=StopRequest(),
             optimizer_state=None,
         )
-        trainer.fit(module, loader(stage.dataset(plan, trainer.global_rank), 0, 0))
+        trainer.fit(module, Loader(stage.dataset(plan, trainer.global_rank), 0, 0))
     return module.stats.loss, recorder.gradients
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from factories_data import paths_below, record, toy_data, write_data
-from morebench.data.image_folder import ImageFolder
 from PIL import Image
 
 from morebench.data import checked
@@ -21,6 +20,7 @@ from morebench.data.checking import looks
 from morebench.data.checking.check import Checked, check_data
 from morebench.data.checking.looks import Look, look
 from morebench.data.findings import Kind
+from morebench.data.image_folder import ImageFolder
 from morebench.data.index import LengthIndex
 from morebench.errors import EXIT_USER, ConfigError, DataError
 

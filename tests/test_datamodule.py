@@ -1,12 +1,17 @@
 """From files to micro-batches: what is collated, that workers and resume change nothing, the length index."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from factories_data import chat_format, paths_below, record, tokenizer_for, toy_data, write_data
+from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from morebench.config.schema import AspectRatio, ImageProcessing, Interpolation, Order, Resize
 from morebench.data import index
@@ -14,11 +19,11 @@ from morebench.data.batch import Batch, collate
 from morebench.data.chat import ChatFormat, Encoded
 from morebench.data.checked import CheckedData
 from morebench.data.checking.check import check_data
-from morebench.data.datamodule import MicroBatches, loader
+from morebench.data.datamodule import Loader, MicroBatches, dead_workers_named
 from morebench.data.images import ImageProcessor, load_image
 from morebench.data.index import LengthIndex, build_index
 from morebench.data.packing import BatchPlan
-from morebench.errors import DataError
+from morebench.errors import DataError, WorkerError
 
 V = 4  # visual tokens per image
 SIZE = 8
@@ -170,19 +175,56 @@ def test_workers_and_resume_change_nothing(tmp_path: Path, num_workers: int):
     batches = dataset(write(tmp_path), tmp_path, rank=1, world_size=2, K=2)
     state = torch.get_rng_state()
     for first_step in (0, 2):
-        loaded = list(loader(batches, first_step, num_workers))
+        loaded = list(Loader(batches, first_step, num_workers))
         assert len(loaded) == len(batches) - 2 * first_step
         for item, batch in enumerate(loaded, start=2 * first_step):
             assert_equal(batch, batches[item])
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_an_image_that_vanished_is_named(tmp_path: Path):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_vanished_is_named(tmp_path: Path, num_workers: int):
     data = write(tmp_path)
     batches = dataset(data, tmp_path)
     (data.images.root / "3.png").unlink()
-    with pytest.raises(DataError, match=r"record id 'r\d+': .*3\.png: No such file"):
-        list(loader(batches, 0, 0))
+    with pytest.raises(DataError, match=r"^record id 'r\d+': .*3\.png: No such file[^\n]*$"):
+        list(Loader(batches, 0, num_workers))
+
+
+class Killer(ImageProcessor):
+    """Stands in for the kernel that is out of memory."""
+
+    def __init__(self, signal: Signals) -> None:
+        super().__init__(PROCESSOR.processing, SIZE, AspectRatio.square)
+        self.signal = signal
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        os.kill(os.getpid(), self.signal)
+        return super().__call__(image)
+
+
+@pytest.mark.parametrize("signal", [Signals.SIGKILL, Signals.SIGBUS])
+def test_a_killed_worker_is_an_error_that_says_what_to_do(tmp_path: Path, signal: Signals):
+    batches = replace(dataset(write(tmp_path), tmp_path), processor=Killer(signal))
+    with pytest.raises(WorkerError, match=r"out of memory.*trainer\.num_workers"), dead_workers_named():
+        list(Loader(batches, 0, num_workers=2))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DataLoader is fine"), ValueError("DataLoader worker")])
+def test_other_errors_stay_what_they_are(error: Exception):
+    with pytest.raises(type(error)) as caught, dead_workers_named():
+        raise error
+    assert caught.value is error
+
+
+def test_a_batch_survives_the_thread_that_pins_it(monkeypatch: pytest.MonkeyPatch):
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    batch = collate([], [], [], 7, SIZE)
+    found = pin_memory(batch)
+    assert isinstance(found, Batch)
+    assert len(pinned) == len(Batch._fields)
+    assert found.pixel_values is batch.pixel_values
 
 
 def test_the_index_counts_what_is_collated(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Bit equality with the image processors the study used, and refusal of files nobody can use."""
 
 from contextlib import suppress
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 from factories_vision import MODEL_TYPES, composed, normalise_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_transforms import convert_to_rgb
 
 from morebench.config.schema import AspectRatio, ImageProcessing, Interpolation, Resize
 from morebench.data.images import (
+    RESAMPLING,
     ImageProcessor,
     decode_image,
     load_image,
     mean_colour,
-    pad_to_square,
 )
 from morebench.errors import ConfigError, DataError
 
@@ -51,6 +54,13 @@ COLOURS = {
 def noise(width: int, height: int) -> Image.Image:
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def processing(choice: str) -> ImageProcessing:
@@ -215,10 +225,52 @@ def test_the_padding_colours_of_the_study(choice: str):
 
 
 def test_padding_centres_the_image_and_rounds_down():
-    white = Image.new("RGB", (2, 5), "white")
-    padded = np.asarray(pad_to_square(white, (1, 2, 3)))
-    assert padded.shape == (5, 5, 3)
-    assert padded[0].tolist() == [[1, 2, 3], [255] * 3, [255] * 3, [1, 2, 3], [1, 2, 3]]
+    wanted = ImageProcessing(
+        resize=Resize.squash,
+        resize_to=5,
+        interpolation=Interpolation.bicubic,
+        mean=[0.25, 0.5, 0.75],
+        std=[1.0] * 3,
+    )
+    padded = ImageProcessor(wanted, 5, AspectRatio.pad)
+    row = [[63, 127, 191], [255] * 3, [255] * 3, [63, 127, 191], [63, 127, 191]]
+    assert padded(Image.new("RGB", (2, 5), "white")).tolist() == [row] * 5
+    assert padded(Image.new("RGB", (5, 2), "white")).swapaxes(0, 1).tolist() == [row] * 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    st.sampled_from(AspectRatio),
+    st.sampled_from(Resize),
+    st.sampled_from(Interpolation),
+    st.integers(0, 20),
+)
+def test_what_is_left_out_changes_no_pixel(
+    size: tuple[int, int],
+    aspect_ratio: AspectRatio,
+    resize: Resize,
+    interpolation: Interpolation,
+    margin: int,
+):
+    """The plain way: pad the whole square, resize, crop the middle."""
+    image, margin = noise(*size), margin if resize is Resize.shortest_edge else 0
+    wanted = ImageProcessing(
+        resize=resize,
+        resize_to=40 + margin,
+        interpolation=interpolation,
+        mean=[0.1, 0.5, 0.9],
+        std=[1.0] * 3,
+    )
+    found = ImageProcessor(wanted, 40, aspect_ratio)(image)
+    plain = pad_to_square(image, mean_colour(wanted)) if aspect_ratio is AspectRatio.pad else image
+    width = height = wanted.resize_to
+    if resize is Resize.shortest_edge:
+        width, height = (int(wanted.resize_to * edge / min(plain.size)) for edge in plain.size)
+    plain = plain.resize((width, plain.height), RESAMPLING[interpolation])
+    plain = plain.resize((width, height), RESAMPLING[interpolation])
+    left, top = (width - 40) // 2, (height - 40) // 2
+    np.testing.assert_array_equal(found, plain.crop((left, top, left + 40, top + 40)))
 
 
 @pytest.mark.parametrize(("resize", "resize_to"), [(Resize.squash, 60), (Resize.shortest_edge, 48)])
@@ -228,6 +280,25 @@ def test_a_resize_that_does_not_reach_the_encoder_is_refused(resize: Resize, res
     )
     with pytest.raises(ConfigError, match=f"resize_to={resize_to} .* 56 pixels"):
         ImageProcessor(wanted, 56, AspectRatio.square)
+
+
+PILLOW_12 = {  # sha256 of what pad_to_square, one `resize` and `crop` gave with Pillow 12.2.0
+    "clip": "e544796993895953",
+    "dinov2": "1c26131b57019ecd",
+    "siglip": "d46d834dd01de40e",
+    "siglip2": "f556a7665124eb89",
+}
+
+
+@pytest.mark.parametrize("choice", PILLOW_12)
+def test_the_pixels_are_those_of_the_pillow_that_the_study_had(choice: str):
+    """Pillow 13 resizes some tall images along y first, and a sixth of a photograph's values change."""
+    found = sha256()
+    for aspect_ratio in AspectRatio:
+        ours = ImageProcessor(processing(choice), REFERENCES[choice][2], aspect_ratio)
+        for size in [(500, 400), (400, 500), (400, 900), (90, 120)]:
+            found.update(ours(noise(*size)).tobytes())
+    assert found.hexdigest()[:16] == PILLOW_12[choice]
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -31,6 +31,10 @@ class DataError(MorebenchError):
     exit_code = EXIT_USER
 
 
+class WorkerError(MorebenchError):
+    """A process that reads training data was killed; the last good checkpoint is kept."""
+
+
 class WeightsError(MorebenchError):
     """Starting weights are missing or do not fit the shapes the config states."""
 

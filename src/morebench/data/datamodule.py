@@ -1,6 +1,8 @@
 """The micro-batches of one rank, each a pure function of its number: workers and resume change nothing."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from morebench.data.chat import ChatFormat
 from morebench.data.checked import CheckedData
 from morebench.data.images import ImageProcessor, decode_image
 from morebench.data.packing import BatchPlan
+from morebench.errors import DataError, WorkerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -51,17 +54,59 @@ class MicroBatches(Dataset[Batch]):
         return [self.processor(decode_image(content)) for content in self.data.read_images(number)]
 
 
-def loader(dataset: MicroBatches, first_step: int, num_workers: int) -> DataLoader[Batch]:
-    """Whole micro-batches from `first_step` on, in order."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=range(first_step * dataset.plan.micro_batches, len(dataset)),
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # else every epoch would draw from, and so move, the global one
-    )
+class Loader:
+    """Whole micro-batches from `first_step` on, in order; `num_workers` processes read ahead, two each.
+
+    Raises DataError as the worker raised it.
+    """
+
+    def __init__(self, dataset: MicroBatches, first_step: int, num_workers: int) -> None:
+        self._loader: DataLoader[Batch | DataError] = DataLoader(
+            _Told(dataset),
+            batch_size=None,
+            sampler=range(first_step * dataset.plan.micro_batches, len(dataset)),
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # else every epoch would draw from, and so move, the global one
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+@dataclass(frozen=True, eq=False)
+class _Told(Dataset[Batch | DataError]):
+    """An error is handed over like a batch: one that is raised comes out with a traceback in its text."""
+
+    batches: MicroBatches
+
+    def __getitem__(self, item: int) -> Batch | DataError:
+        try:
+            return self.batches[item]
+        except DataError as error:
+            return error
+
+
+@contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """Around what runs while a Loader is open: torch notices a killed worker anywhere, in several ways."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith(("DataLoader worker", "Pin memory")):
+            raise
+        raise WorkerError(
+            "A process that reads training data died: killed from outside, most likely because the machine "
+            "or the job was out of memory, or /dev/shm too small (the kernel's log says which). Lower "
+            f"trainer.num_workers, or ask for more memory. It was noticed as {type(error).__name__}: {error}"
+        ) from error
 
 
 def _start_worker(worker: int) -> None:

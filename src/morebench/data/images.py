@@ -84,7 +84,8 @@ def open_image(content: bytes) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Raises SampleError."""
     try:
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
         raise _damaged(error) from None
 
@@ -113,7 +114,7 @@ def mean_colour(processing: ImageProcessing) -> tuple[int, int, int]:
 
 
 class ImageProcessor:
-    """Padding, resizing and cropping. The device normalises (`models.normalise`)."""
+    """Padding, resizing, cropping: the same pixels under every version of Pillow. The device normalises."""
 
     def __init__(
         self, processing: ImageProcessing, image_size: int, aspect_ratio: AspectRatio, scale: int = 1
@@ -132,30 +133,42 @@ class ImageProcessor:
         self.processing = processing
         self.image_size = image_size
         self._aspect_ratio = aspect_ratio
+        self._colour = mean_colour(processing)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """uint8 [S, S, 3], read-only. The device puts the channels first; there it costs nothing."""
-        if self._aspect_ratio is AspectRatio.pad:
-            image = pad_to_square(image, mean_colour(self.processing))
-        image = self._crop(image.resize(self._resized(image), RESAMPLING[self.processing.interpolation]))
-        return np.asarray(image)
+        side, size = max(image.size), self.image_size
+        frame = (side, side) if self._aspect_ratio is AspectRatio.pad else image.size
+        width, height = self._resized(frame)
+        # Along x, rounded to 8 bits, then along y, as Pillow up to 12 resizes; from 13 on it takes some tall
+        # images the other way round, which gives other pixels. One by one, moreover, x need not run over rows
+        # of padding (one colour stays one colour), nor y over columns that the crop drops.
+        image = self._pad(image, frame[0], image.height)
+        image = self._resize(image, width, image.height)
+        image = self._pad(_crop(image, size, image.height), size, frame[1])
+        return np.asarray(_crop(self._resize(image, size, height), size, size))
 
-    def _resized(self, image: Image.Image) -> tuple[int, int]:
-        size = self.processing.resize_to
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        wanted = self.processing.resize_to
         if self.processing.resize is Resize.squash:
-            return size, size
-        short, long = sorted(image.size)
-        long = int(size * long / short)
-        return (size, long) if image.width <= image.height else (long, size)
+            return wanted, wanted
+        short, long = sorted(size)
+        long = int(wanted * long / short)
+        return (wanted, long) if size[0] <= size[1] else (long, wanted)
 
-    def _crop(self, image: Image.Image) -> Image.Image:
-        size = self.image_size
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        return image.crop((left, top, left + size, top + size))
+    def _pad(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        if image.size == (width, height):
+            return image
+        padded = Image.new("RGB", (width, height), self._colour)
+        padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+        return padded
+
+    def _resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        return image.resize((width, height), RESAMPLING[self.processing.interpolation])
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

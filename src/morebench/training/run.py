@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from morebench.config.compose import ROOT
 from morebench.config.schema import Config, Step
-from morebench.data.datamodule import loader
+from morebench.data.datamodule import Loader, dead_workers_named
 from morebench.errors import Interrupted
 from morebench.models.parts import save_parts
 from morebench.progress import Progress
@@ -134,7 +134,7 @@ def _fit(
         restore_parameters(module.trained(), checkpoint.load("parameters"))
         random_state = checkpoint.load("random")["cpu"]
         _say(f"{label}: continuing after {first_step} of {plan.num_steps} optimizer steps.")
-    batches = loader(stage.dataset(plan, trainer.global_rank), first_step, config.trainer.num_workers)
+    batches = Loader(stage.dataset(plan, trainer.global_rank), first_step, config.trainer.num_workers)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     with ExitStack() as stack:
         metrics = None
@@ -153,7 +153,8 @@ def _fit(
         )
         callbacks.append(saver)
         try:
-            trainer.fit(module, train_dataloaders=batches)
+            with dead_workers_named():
+                trainer.fit(module, train_dataloaders=batches)
         except SIGTERMException:  # came while Lightning set itself up, before our handlers were back
             raise Interrupted("SIGTERM asked to stop before an optimizer step.") from None
         if metrics is not None:
