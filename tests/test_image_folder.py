@@ -14,6 +14,9 @@ from morebench.data.image_folder import ImageFolder
 from morebench.errors import ConfigError
 
 OUTSIDE = [
+    "",
+    ".",
+    "./",
     "/a.png",
     "//host/a.png",
     "../a.png",
@@ -45,7 +48,7 @@ def test_paths_that_leave_the_folder(tmp_path: Path, relative: str):
 
 @pytest.mark.parametrize(
     "relative",
-    ["coco/train2017/0..1.jpg", "a", "..a/b..", "./a.png", "a:b.png", "back\\slash.png", "gone/b.png"],
+    ["coco/train2017/0..1.jpg", "a", "..a/b..", "./a.png", "ab:c.png", "back\\slash.png", "gone/b.png"],
 )
 def test_paths_inside_the_folder(tmp_path: Path, relative: str):
     assert ImageFolder(tmp_path).path(relative) == tmp_path / relative
