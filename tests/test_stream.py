@@ -114,7 +114,7 @@ def test_noise_is_a_data_error_or_a_list(content: bytes, chunk: int, longest: in
 
 
 BASE = json.dumps(
-    [record(0), record(1, "a.png"), record(2, conversations=[]), 5, record(4, x=[[{}, "\\\"]"], -1.5e3])],
+    [record(0), record(1, "a.png"), record(2, conversations=[]), 5, record(4, x=[[{}, '\\"]'], -1.5e3])],
     indent=1,
 ).encode()
 
@@ -143,7 +143,7 @@ def test_a_damaged_file_gives_samples_and_findings_or_a_data_error(content: byte
             found = list(iter_records(Pieces(iter([content])), Path("x.json")))
         except DataError as error:
             str(error).encode()
-            with pytest.raises(ValueError, match=""):
+            with pytest.raises(ValueError):  # noqa: PT011
                 json.loads(content.decode("utf-8").removeprefix("\ufeff"))
             return
     assert [one.record for one in found] == list(range(len(found)))
@@ -189,24 +189,26 @@ def test_depth_is_a_number_of_ours_and_no_matter_of_the_stack():
     assert streamed(flat.encode())[0].problem is None
 
 
-def gigabyte(line: bytes) -> Iterator[bytes]:
+def long_line(line: bytes, mebibytes: int) -> Iterator[bytes]:
     yield b'[{"id": "first"}, {"id": "long", "text": "'
     piece = line * ((1 << 20) // len(line))
-    for _ in range(1024):
+    for _ in range(mebibytes):
         yield piece
     yield b'"}, {"id": "last"}]'
 
 
-@pytest.mark.parametrize("line", [b"x" * 64, rb"\\\"]}\n"])
-def test_a_line_of_a_gigabyte_is_read_over_in_little_memory(line: bytes, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("line", "mebibytes"), [(b"x" * 64, 1024), (rb"\\\"]}\n", 64)])
+def test_a_line_of_a_gigabyte_is_read_over_in_little_memory(
+    line: bytes, mebibytes: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(stream, "MAX_ELEMENT", 1 << 20)
     tracemalloc.start()
-    first, long, last = stream_list(Pieces(gigabyte(line)), Path("x.json"))
+    first, long, last = stream_list(Pieces(long_line(line, mebibytes)), Path("x.json"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (first.value, last.value) == ({"id": "first"}, {"id": "last"})
     assert long.problem == "longer than 1,048,576 characters"
-    assert last.offset - long.offset > 1 << 29
+    assert last.offset - long.offset > (mebibytes - 1) << 20
     assert peak < 64 << 20
 
 
@@ -215,7 +217,9 @@ def test_a_long_scalar_and_one_the_file_ends_in():
     assert [element.problem for element in found] == [None, "longer than 1,000 characters", None]
     assert [element.value for element in found] == [1, None, 2]
     for tail in (b"7" * 5000, b'"' + b"x" * 5000, b"[" + b"1," * 5000, b'"' + b"\\" * 5001):
-        with pytest.raises(DataError, match="the end of the file at byte|ends in the record that begins at byte 4"):
+        with pytest.raises(
+            DataError, match="the end of the file at byte|ends in the record that begins at byte 4"
+        ):
             streamed(b"[1, " + tail, 64, 1000)
 
 
@@ -238,8 +242,8 @@ class Counted(Pieces):
         (b'{"id": 01}', "Expecting ',' delimiter at byte 46"),
         (b'{"id": "a\nb"}', "Invalid control character at at byte 47"),
         (b"nul", "Expecting value at byte 38"),
-        (b'["\\q"]', "Invalid .escape: .* at byte 40"),
-        (b'{"id": "ÿ"} ÿ', "found byte 0xff, which is no UTF-8 at byte 50"),
+        (b'["\\q"]', "Invalid .*escape.* at byte 40"),
+        (b'{"id": "\xff"} \xff', "found byte 0xff, which is no UTF-8 at byte 50"),
     ],
 )
 def test_a_syntax_error_comes_early_and_names_the_byte(wrong: bytes, reason: str):

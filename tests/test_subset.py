@@ -202,7 +202,13 @@ def test_the_reasons_of_a_shortage_are_told_with_numbers(tmp_path: Path) -> None
     with pytest.raises(DataError) as caught:
         built(tmp_path / "out", source(tmp_path / "in", tmp_path / "files"), n=9)
     told = str(caught.value)
-    for part in ("4 of 9", "9 candidates", "1 image is missing", "1 image path points outside", "n=4"):
+    for part in (
+        "4 of 9",
+        "9 candidates",
+        "1 image is missing",
+        "1 image path, or a link on it, leads outside",
+        "n=4",
+    ):
         assert part in told
     for part in ("1 image cannot be used", "1 id was taken before", "1 image was taken before"):
         assert part in told

@@ -31,7 +31,7 @@ class ImageFolder:
     def path(self, relative: str) -> Path:
         """Whether there is a file is not asked. Raises SampleError for what does, or could, lead outside."""
         if not _is_path(relative):
-            raise self._outside(relative, f"is not a path relative to {self.root}.")
+            raise self._outside(relative, f"is not the path of a file relative to {self.root}.")
         if _leads_up(relative):
             raise self._outside(relative, f"points outside {self.root}; expected a path relative to it.")
         path = self.root / relative
@@ -71,7 +71,7 @@ def _is_path(text: str) -> bool:
         os.fsencode(text)
     except UnicodeEncodeError:
         return False
-    return "\0" not in text and not _URL.match(text)
+    return "\0" not in text and not _URL.match(text) and bool(text.strip("./"))
 
 
 def _leads_up(text: str) -> bool:
