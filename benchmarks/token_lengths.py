@@ -1,4 +1,4 @@
-"""How fast are token lengths measured? Samples a second and core, on records as benchmarks/stand_in.py writes.
+"""How fast are token lengths measured? Samples per second of one core, on what benchmarks/stand_in.py writes.
 
     python benchmarks/stand_in.py OUT --scale 0.01
     python benchmarks/token_lengths.py OUT/llava_instruct/llava_v1_5_mix665k.json
@@ -28,7 +28,9 @@ CONTROL += ["<|eom_id|>", "<|finetune_right_pad_id|>"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("records", type=Path)
     parser.add_argument("--num-visual-tokens", type=int, default=576)
     chosen = parser.parse_args()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from morebench.data.chat import ChatFormat
+from morebench.data.once import once
 from morebench.data.records import Sample
 from morebench.errors import DataError, join_problems
 from morebench.progress import Progress
@@ -51,14 +52,18 @@ def build_index(
     bos = (tokenizer.bos_token_id, tokenizer.eos_token_id)  # they decide whether a format's BOS is written
     identity = repr((key, len(samples), chat, bos, num_visual_tokens, max_length))
     path = cache / "lengths" / f"{sha256(identity.encode()).hexdigest()[:32]}.npy"
-    if (stored := _load(path, len(samples))) is not None:
-        return stored
-    counts_4N = _measure(_Job(samples, chat, tokenizer, num_visual_tokens, max_length))
+    job = _Job(samples, chat, tokenizer, num_visual_tokens, max_length)
+    return once(path, lambda: _load(path, len(samples)), lambda: _make(job, path))
+
+
+def _make(job: "_Job", path: Path) -> LengthIndex:
+    counts_4N = _measure(job)
     index = LengthIndex.of(counts_4N)
-    if index.unsupervised == len(samples):
+    if index.unsupervised == len(job.samples):
         raise DataError(
-            f"None of the {len(samples)} samples has a supervised token within max_length={max_length} "
-            f"in chat format {chat.label!r}. Raise max_length or mend the answers."
+            f"None of the {len(job.samples)} samples has a supervised token within "
+            f"max_length={job.max_length} in chat format {job.chat.label!r}. "
+            "Raise max_length or mend the answers."
         )
     _save(path, counts_4N)
     return index
@@ -98,7 +103,7 @@ def _measure(job: _Job) -> np.ndarray:
         context = multiprocessing.get_context("spawn")  # a fork would inherit locked threads
         found = []
         with (
-            ProcessPoolExecutor(mp_context=context, initializer=_start, initargs=(job,)) as pool,
+            ProcessPoolExecutor(_cores(), context, initializer=_start, initargs=(job,)) as pool,
             Progress(f"token lengths, {job.chat.label}", total) as progress,
         ):
             for chunk, one in zip(chunks, pool.map(_measure_in_worker, chunks), strict=True):
@@ -107,6 +112,12 @@ def _measure(job: _Job) -> np.ndarray:
     if problems := [problem for _, some in found for problem in some]:
         raise DataError(join_problems(problems))
     return np.concatenate([counts for counts, _ in found], axis=1)
+
+
+def _cores() -> int:
+    """That this process may use: a cluster gives a job some of a machine's."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 _job: _Job | None = None  # of a worker process
@@ -136,4 +147,4 @@ def _save(path: Path, counts_4N: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".tmp-{os.getpid()}.npy")
     np.save(aside, counts_4N)
-    aside.replace(path)  # ranks and runs may write at once; each sees a whole file
+    aside.replace(path)
