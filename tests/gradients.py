@@ -52,7 +52,7 @@ def ours(config: Config, micro_batches: int, pretrained: Path) -> tuple[float, d
             num_steps=1,
             first_step=0,
             loss_factor=loss_factor(trainer),
-            sample_names=[],
+            samples=[],
             stop=StopRequest(),
             optimizer_state=None,
         )

@@ -2,6 +2,7 @@
 """What is asked of every chat format, on tokenizers that carry the families' real control tokens."""
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from morebench.data.batch import collate
-from morebench.data.chat import ChatFormat, Encoded
+from morebench.data.chat import ChatFormat, Counts, Encoded
 from morebench.data.records import IMAGE_TOKEN, Sample, Turn
 from morebench.errors import ConfigError, DataError
 
@@ -252,3 +253,38 @@ TURN: list[dict[str, Any]] = [{"text": "{question}"}, {"text": "{answer}", "trai
 def test_bad_formats(changes: dict[str, Any], reason: str):
     with pytest.raises(ConfigError, match=reason):
         ChatFormat.from_dict({"label": "X", "turn": TURN} | changes)
+
+
+@pytest.mark.parametrize(
+    ("stem", "prefix"), [*((stem, "prepend") for stem in FORMATS), ("v1", "always"), ("v1", "first")]
+)
+def test_counts_are_those_of_what_is_encoded(stem: str, prefix: str):
+    chat, tokenizer = chat_format(stem), tokenizer_for(stem, "right", merges=True, prefix=prefix)
+    control = next(token for token in chat.control_ids(tokenizer) if token != "{bos}")
+    samples = [
+        Sample("text", (), (Turn("Who?\n\n", " A  on"), Turn(f"{control} {control}", ""), Turn(" ", "A"))),
+        Sample("image", ("a.png",), (Turn("<image>\nU on?", f"on {control} on"), Turn("A", "\n\nB"))),
+        Sample("two", ("a.png", "b.png"), (Turn("<image> or <image>?", "<image> no"),)),
+        Sample("mistaken", ("a.png", "b.png"), (Turn("<image>?", "no"),)),
+        Sample("empty", (), (Turn("", ""),)),
+    ]
+    for max_length in range(1, 120):
+        for sample, found in zip(samples, chat.count(samples, tokenizer, 5, max_length), strict=True):
+            if isinstance(found, DataError):
+                with pytest.raises(DataError, match=re.escape(str(found))):
+                    chat.encode(sample, tokenizer, 5, max_length)
+                continue
+            encoded = chat.encode(sample, tokenizer, 5, max_length)
+            predicted = np.count_nonzero(encoded.supervised[1:])
+            assert found == Counts(len(encoded.input_ids), predicted, encoded.truncated)
+
+
+def test_a_cut_right_behind_the_last_visual_token_is_no_mistake():
+    chat, tokenizer = chat_format("gemma_2"), tokenizer_for("gemma_2")
+    sample = Sample("image", ("a.png",), (Turn("<image>?", "no"),))
+    end = int(np.flatnonzero(chat.encode(sample, tokenizer, V, LONG).visual_mask)[-1]) + 1
+    assert len(chat.encode(sample, tokenizer, V, end).input_ids) == end
+    with pytest.raises(
+        DataError, match=rf"do not fit into max_length={end - 1}; the last one is token {end}"
+    ):
+        chat.encode(sample, tokenizer, V, end - 1)

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from morebench.config.schema import Order
 from morebench.data.index import LengthIndex
-from morebench.data.packing import BatchPlan, deal, epoch_order, micro_batches_for, num_optimizer_steps
+from morebench.data.packing import (
+    BatchPlan,
+    deal,
+    deal_all,
+    epoch_order,
+    micro_batches_for,
+    num_optimizer_steps,
+)
 
 
 def make_index(num_samples: int, seed: int = 0, text_share: float = 0.3) -> LengthIndex:
@@ -142,7 +149,7 @@ def test_modality_order_shuffles_the_kinds_of_batches():
 def test_the_token_budget_is_kept_by_one_number(num_samples: int, budget: int, world_size: int, order: Order):
     index = make_index(num_samples)
     arguments = {"global_batch_size": 16, "epochs": 2, "max_steps": None, "seed": 0, "order": order}
-    arguments |= {"world_size": world_size, "costs": index.lengths.astype(float) ** 1.5}
+    arguments |= {"world_size": world_size, "costs": index.lengths.astype(np.int64) ** 2}
     chosen = micro_batches_for(index, micro_batch_tokens=budget, **arguments)
 
     def keeps(micro_batches: int) -> bool:
@@ -179,8 +186,56 @@ def test_more_bins_than_samples():
 
 
 def test_dealing_by_hand():
-    assert deal(np.array([3, 9, 4, 4, 2]), 2) == [[1, 4], [0, 2, 3]]
-    assert deal(np.array([]), 2) == [[], []]
+    """Pinned: a resumed run must deal as it did before."""
+    assert deal(np.array([[3, 9, 4, 4, 2], [1, 1, 1, 1, 1]]), 2).tolist() == [
+        [1, 0, 1, 1, 0],
+        [0, 1, 0, 1, 0],
+    ]
+    assert deal(np.zeros((1, 0), np.int64), 2).tolist() == [[]]
+    assert deal_all(np.array([5, 1, 2, 7, 3]), batch_size=2, num_bins=2).tolist() == [0, 1, 1, 0, 0]
+
+
+@given(
+    costs=st.lists(st.lists(st.integers(0, 2**50), min_size=6, max_size=6), min_size=1, max_size=4),
+    num_bins=st.integers(1, 8),
+)
+@settings(max_examples=80, deadline=None)
+def test_all_batches_at_once_are_dealt_as_one_by_one(costs: list[list[int]], num_bins: int):
+    """The dearest sample left goes to the bin with the least, in whole numbers of Python."""
+    for row, bins in zip(costs, deal(np.array(costs), num_bins).tolist(), strict=True):
+        loads, places = [0] * num_bins, [0] * len(row)
+        for member in sorted(range(len(row)), key=lambda number: -row[number]):
+            places[member] = loads.index(min(loads))
+            loads[places[member]] += row[member]
+        rank = sorted(range(num_bins), key=lambda number: -loads[number])
+        assert bins == [rank.index(place) for place in places]
+
+
+def test_loads_and_the_heaviest_are_those_of_the_bins():
+    index = make_index(101)
+    weights = index.lengths.astype(np.int64) ** 2
+    plan = make_plan(index, world_size=2, micro_batches=2, epochs=2, max_steps=20)
+    loads = [[int(weights[members].sum()) for members in plan.bins(step)] for step in range(20)]
+    assert plan.loads(weights).tolist() == loads
+    step, members = plan.heaviest(weights)
+    assert weights[members].sum() == max(max(row) for row in loads)
+    assert members in plan.bins(step)
+
+
+def test_costs_decide_how_a_batch_is_dealt_and_not_which_samples_it_has():
+    index = make_index(200)
+    costs = np.random.default_rng(1).integers(1, 2**48, 200)
+    by_tokens, by_costs = (make_plan(index, world_size=4, **more) for more in ({}, {"costs": costs}))
+    assert by_costs.balance() > 0.5
+    assert [by_tokens.global_batch(step).tolist() for step in range(25)] == [
+        by_costs.global_batch(step).tolist() for step in range(25)
+    ]
+    assert by_tokens.bins(3) != by_costs.bins(3)
+    spread = [
+        float(np.mean(loads.mean(1) / loads.max(1)))
+        for loads in (plan.loads(costs) for plan in (by_tokens, by_costs))
+    ]
+    assert by_costs.balance() == spread[1] > spread[0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_optimizer_holds_the_trainable_parameters_alone(config: Config) -> None:
         num_steps=1,
         first_step=0,
         loss_factor=1.0,
-        sample_names=[],
+        samples=[],
         stop=StopRequest(),
         optimizer_state=None,
     )
@@ -246,4 +247,7 @@ def test_log_is_a_line_at_the_start_and_the_end(
     train(with_recipe(config, max_steps=2), Step.pretrain, tmp_path, {})
     out, err = capfd.readouterr()
     assert out == ""
-    assert [line.split(":")[0] for line in err.splitlines()] == ["pretrain 0/2", "pretrain 2/2"]
+    first, dry_step, last = err.splitlines()
+    assert [line.split(":")[0] for line in (first, last)] == ["pretrain 0/2", "pretrain 2/2"]
+    counts = r"[\d,]+ tokens, \d+ images, \d+ supervised tokens"
+    assert re.fullmatch(rf"pretrain: the largest micro-batch fits: {counts}, \d\.\d s\.", dry_step)

@@ -42,7 +42,7 @@ class WeightsError(MorebenchError):
 
 
 class RunError(MorebenchError):
-    """A run folder cannot be used: not writable, locked by another job, or damaged."""
+    """A run cannot go on: its folder is not writable, locked or damaged, or the device too small for it."""
 
     exit_code = EXIT_USER
 

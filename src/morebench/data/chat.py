@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -26,6 +26,15 @@ class Encoded:
     supervised: np.ndarray  # bool [T]
     visual_mask: np.ndarray  # bool [T]
     truncated: bool
+
+
+class Counts(NamedTuple):
+    length: int  # tokens, visual ones included
+    supervised: int  # supervised tokens that are predicted: a first token never is
+    truncated: bool
+
+
+_Span = tuple[int, bool, bool]  # tokens; whether they are an image's; whether they are supervised
 
 
 @dataclass(frozen=True)
@@ -69,11 +78,26 @@ class ChatFormat:
         self, sample: Sample, tokenizer: "Tokenizer", num_visual_tokens: int, max_length: int
     ) -> Encoded:
         """Training ids. Raises DataError if images would be left over or cut."""
-        segments = [*self.start]
-        for turn in sample.turns:
-            segments += self._fill(self.turn, turn)
-        where = f"record id {sample.id!r}"
+        segments, where = self._segments(sample), f"record id {sample.id!r}"
         return self._encode(segments, tokenizer, num_visual_tokens, len(sample.images), max_length, where)
+
+    def count(
+        self, samples: Sequence[Sample], tokenizer: "Tokenizer", num_visual_tokens: int, max_length: int
+    ) -> list[Counts | DataError]:
+        """What `encode` would give or raise, counted, for many samples at once."""
+        text = text_tokenizer(tokenizer)
+        pieces = [swallow_spaces(split_at_images(self._segments(one)), text.added) for one in samples]
+        found: list[Counts | DataError] = []
+        for sample, sizes in zip(samples, text.count(pieces, self.control_ids(tokenizer)), strict=True):
+            spans = [(num_visual_tokens if n is None else n, n is None, trained) for n, trained in sizes]
+            try:
+                where = f"record id {sample.id!r}"
+                self._check(spans, num_visual_tokens, len(sample.images), max_length, where)
+            except DataError as error:
+                found.append(error)
+                continue
+            found.append(_counts(spans, max_length))
+        return found
 
     def encode_prompt(self, question: str, tokenizer: "Tokenizer", num_visual_tokens: int) -> Encoded:
         """The first ids of `encode` for a sample that opens with `question`, up to its answer."""
@@ -117,6 +141,12 @@ class ChatFormat:
         if problems:
             raise ConfigError(join_problems(problems))
 
+    def _segments(self, sample: Sample) -> list[Segment]:
+        segments = [*self.start]
+        for turn in sample.turns:
+            segments += self._fill(self.turn, turn)
+        return segments
+
     def _fill(self, segments: "Sequence[Segment] | Iterator[Segment]", turn: Turn) -> list[Segment]:
         question, answer = _place_image(turn.question), turn.answer
         if self.trim:
@@ -124,6 +154,8 @@ class ChatFormat:
         values = {"{question}": question, "{answer}": answer}
         return [
             Segment(s.token, _PLACEHOLDER.sub(lambda match: values[match.group()], s.text), s.trained)
+            if "{" in s.text
+            else s
             for s in segments
         ]
 
@@ -136,34 +168,47 @@ class ChatFormat:
         max_length: int | None,
         where: str,
     ) -> Encoded:
-        control_ids = self.control_ids(tokenizer)
         text = text_tokenizer(tokenizer)
         pieces = swallow_spaces(split_at_images(segments), text.added)
         ids: list[int] = []
-        supervised: list[bool] = []
-        visual: list[bool] = []
-        for new, trained in text.encode(pieces, control_ids):
+        spans: list[_Span] = []
+        for new, trained in text.encode(pieces, self.control_ids(tokenizer)):
             size = num_visual_tokens if new is None else len(new)
             ids += [0] * size if new is None else new
-            supervised += [trained] * size
-            visual += [new is None] * size
-        if sum(visual) != num_images * num_visual_tokens:
-            raise DataError(
-                f"{where}: chat format {self.label!r} makes room for {sum(visual) // num_visual_tokens} "
-                f"image(s), the sample has {num_images}."
-            )
-        truncated = max_length is not None and len(ids) > max_length
-        if truncated and any(visual[max_length:]):
-            raise DataError(
-                f"{where}: its visual tokens do not fit into max_length={max_length}; "
-                f"the last one is token {len(visual) - visual[::-1].index(True)}. Raise max_length."
-            )
+            spans.append((size, new is None, trained))
+        self._check(spans, num_visual_tokens, num_images, max_length, where)
+        sizes, visual, supervised = zip(*spans, strict=True) if spans else ((), (), ())
         return Encoded(
             np.array(ids[:max_length], np.int32),
-            np.array(supervised[:max_length], np.bool_),
-            np.array(visual[:max_length], np.bool_),
-            truncated,
+            np.repeat(np.array(supervised, np.bool_), sizes)[:max_length],
+            np.repeat(np.array(visual, np.bool_), sizes)[:max_length],
+            max_length is not None and len(ids) > max_length,
         )
+
+    def _check(
+        self,
+        spans: "Sequence[_Span]",
+        num_visual_tokens: int,
+        num_images: int,
+        max_length: int | None,
+        where: str,
+    ) -> None:
+        """Raises DataError."""
+        length, images, last_visual = 0, 0, 0
+        for size, is_image, _ in spans:
+            length += size
+            if is_image:
+                images, last_visual = images + 1, length
+        if images != num_images:
+            raise DataError(
+                f"{where}: chat format {self.label!r} makes room for {images} image(s), the sample has "
+                f"{num_images}."
+            )
+        if max_length is not None and last_visual > max_length:
+            raise DataError(
+                f"{where}: its visual tokens do not fit into max_length={max_length}; "
+                f"the last one is token {last_visual}. Raise max_length."
+            )
 
     def control_ids(self, tokenizer: "Tokenizer") -> dict[str, list[int]]:
         """Control token -> its id; {bos} -> none where the tokenizer has no BOS of its own."""
@@ -190,6 +235,15 @@ class ChatFormat:
                 "Choose the llm's own chat_format."
             )
         return found
+
+
+def _counts(spans: Sequence[_Span], max_length: int) -> Counts:
+    length = supervised = 0
+    for size, _, is_supervised in spans:
+        if is_supervised:
+            supervised += max(0, min(length + size, max_length) - max(length, 1))
+        length += size
+    return Counts(min(length, max_length), supervised, length > max_length)
 
 
 def _segment(item: Mapping[str, Any], label: str) -> Segment:

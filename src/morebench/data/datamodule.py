@@ -1,7 +1,7 @@
 """The micro-batches of one rank, each a pure function of its number: workers and resume change nothing."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,7 +39,10 @@ class MicroBatches(Dataset[Batch]):
 
     def __getitem__(self, item: int) -> Batch:
         step, k = divmod(item, self.plan.micro_batches)
-        ids = self.plan.bin(step, self.rank, k)
+        return self.micro_batch(step, self.plan.bin(step, self.rank, k))
+
+    def micro_batch(self, step: int, ids: Sequence[int]) -> Batch:
+        """Of these samples of the global batch of `step`."""
         samples = [self.data.samples[number] for number in ids]
         return collate(
             [self.chat.encode(s, self.tokenizer, self.num_visual_tokens, self.max_length) for s in samples],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from morebench.data.chat import ChatFormat
+from morebench.data.once import once
 from morebench.data.records import Sample
 from morebench.errors import DataError, join_problems
 from morebench.progress import Progress
@@ -19,7 +20,7 @@ from morebench.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
-_CHUNK = 1024  # samples
+_CHUNK = 256  # samples tokenized at once
 _PARALLEL_FROM = 20_000  # samples: starting processes takes seconds
 
 
@@ -51,14 +52,18 @@ def build_index(
     bos = (tokenizer.bos_token_id, tokenizer.eos_token_id)  # they decide whether a format's BOS is written
     identity = repr((key, len(samples), chat, bos, num_visual_tokens, max_length))
     path = cache / "lengths" / f"{sha256(identity.encode()).hexdigest()[:32]}.npy"
-    if (stored := _load(path, len(samples))) is not None:
-        return stored
-    counts_4N = _measure(_Job(samples, chat, tokenizer, num_visual_tokens, max_length))
+    job = _Job(samples, chat, tokenizer, num_visual_tokens, max_length)
+    return once(path, lambda: _load(path, len(samples)), lambda: _make(job, path))
+
+
+def _make(job: "_Job", path: Path) -> LengthIndex:
+    counts_4N = _measure(job)
     index = LengthIndex.of(counts_4N)
-    if index.unsupervised == len(samples):
+    if index.unsupervised == len(job.samples):
         raise DataError(
-            f"None of the {len(samples)} samples has a supervised token within max_length={max_length} "
-            f"in chat format {chat.label!r}. Raise max_length or mend the answers."
+            f"None of the {len(job.samples)} samples has a supervised token within "
+            f"max_length={job.max_length} in chat format {job.chat.label!r}. "
+            "Raise max_length or mend the answers."
         )
     _save(path, counts_4N)
     return index
@@ -93,15 +98,13 @@ class _Job:
         """-> int32 [4, len(numbers)] as `LengthIndex.of` takes it, and what is wrong with samples."""
         counts = np.zeros((4, len(numbers)), np.int32)
         problems = []
-        for column, number in enumerate(numbers):
-            sample = self.samples[number]
-            try:
-                encoded = self.chat.encode(sample, self.tokenizer, self.num_visual_tokens, self.max_length)
-            except DataError as error:
-                problems.append(f"sample {number}: {error}")
-                continue
-            supervised = np.count_nonzero(encoded.supervised[1:])
-            counts[:, column] = len(encoded.input_ids), supervised, len(sample.images), encoded.truncated
+        samples = [self.samples[number] for number in numbers]
+        found = self.chat.count(samples, self.tokenizer, self.num_visual_tokens, self.max_length)
+        for column, (sample, one) in enumerate(zip(samples, found, strict=True)):
+            if isinstance(one, DataError):
+                problems.append(f"sample {numbers[column]}: {one}")
+            else:
+                counts[:, column] = one.length, one.supervised, len(sample.images), one.truncated
         return counts, problems
 
 
@@ -115,7 +118,7 @@ def _measure(job: _Job) -> np.ndarray:
         context = multiprocessing.get_context("spawn")  # a fork would inherit locked threads
         found = []
         with (
-            ProcessPoolExecutor(mp_context=context, initializer=_start, initargs=(job,)) as pool,
+            ProcessPoolExecutor(_cores(), context, initializer=_start, initargs=(job,)) as pool,
             Progress(f"token lengths, {job.chat.label}", total) as progress,
         ):
             for chunk, one in zip(chunks, pool.map(_measure_in_worker, chunks), strict=True):
@@ -124,6 +127,12 @@ def _measure(job: _Job) -> np.ndarray:
     if problems := [problem for _, some in found for problem in some]:
         raise DataError(join_problems(problems))
     return np.concatenate([counts for counts, _ in found], axis=1)
+
+
+def _cores() -> int:
+    """That this process may use: a cluster gives a job some of a machine's."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 _job: _Job | None = None  # of a worker process
@@ -153,4 +162,4 @@ def _save(path: Path, counts_4N: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".tmp-{os.getpid()}.npy")
     np.save(aside, counts_4N)
-    aside.replace(path)  # ranks and runs may write at once; each sees a whole file
+    aside.replace(path)

@@ -4,8 +4,7 @@ Everything is a pure function of (seed, step). The global batch depends on nothi
 and micro-batches only decides into how many bins it is dealt.
 """
 
-from collections.abc import Sequence
-from heapq import heapify, heapreplace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,6 +39,26 @@ def num_optimizer_steps(num_samples: int, global_batch_size: int, epochs: int, m
     return steps if max_steps is None else min(steps, max_steps)
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """Its global batches and how they are dealt; the last batch may be smaller than the others."""
+
+    order: np.ndarray  # int64 [N]; sample numbers
+    bins: np.ndarray  # int32 [N]; the bin of the sample at that place of `order`
+    batch_size: int
+
+    def batch(self, number: int) -> slice:
+        return slice(number * self.batch_size, (number + 1) * self.batch_size)
+
+    def loads(self, weights: np.ndarray, num_bins: int) -> np.ndarray:
+        """int64 [batches, num_bins]: the sum of `weights` [N] of the samples in every bin."""
+        num_batches = -(-len(self.order) // self.batch_size)
+        loads = np.zeros(num_batches * num_bins, np.int64)
+        batches = np.arange(len(self.order)) // self.batch_size
+        np.add.at(loads, batches * num_bins + self.bins, weights[self.order])
+        return loads.reshape(num_batches, num_bins)
+
+
 class BatchPlan:
     def __init__(
         self,
@@ -54,7 +73,10 @@ class BatchPlan:
         micro_batches: int,
         costs: np.ndarray | None = None,
     ) -> None:
-        """`costs` [N] is what ranks are balanced by, e.g. FLOPs; without it, the number of tokens."""
+        """`costs` [N] is what bins are balanced by, e.g. FLOPs; without it, the number of tokens.
+
+        They are whole numbers: sums of them are the same on every machine.
+        """
         self.index = index
         self.world_size = world_size
         self.micro_batches = micro_batches
@@ -62,31 +84,32 @@ class BatchPlan:
         self._global_batch_size = global_batch_size
         self._seed = seed
         self._order = order
-        self._costs = (index.lengths if costs is None else costs).astype(np.float64)
-        self._epochs: dict[int, np.ndarray] = {}
+        self._costs = index.lengths if costs is None else costs
+        assert np.issubdtype(self._costs.dtype, np.integer)
+        self._epochs: dict[int, _Epoch] = {}
 
     @property
     def idle_share(self) -> float:
         """Share of the bins of a full global batch that stay empty, because there are more than samples."""
         samples = min(self._global_batch_size, len(self.index.lengths))
-        return max(0.0, 1 - samples / (self.world_size * self.micro_batches))
+        return max(0.0, 1 - samples / self._num_bins)
 
     def global_batch(self, step: int) -> np.ndarray:
         """int64 sample numbers; the last batch of an epoch may be smaller."""
-        if not 0 <= step < self.num_steps:
-            raise IndexError(f"optimizer step {step} of {self.num_steps}")
-        epoch, batch = divmod(step, -(-len(self.index.lengths) // self._global_batch_size))
-        start = batch * self._global_batch_size
-        return self._order_of(epoch)[start : start + self._global_batch_size]
+        epoch, batch = self._find(step)
+        return epoch.order[epoch.batch(batch)]
 
     def bins(self, step: int) -> list[list[int]]:
         """The global batch in world_size x micro_batches bins of nearly equal cost; some may be empty.
 
         `bins[k * world_size : (k + 1) * world_size]` run at the same time.
         """
-        ids = self.global_batch(step)
-        dealt = deal(self._costs[ids], self.world_size * self.micro_batches)
-        return [[int(ids[member]) for member in members] for members in dealt]
+        epoch, batch = self._find(step)
+        members: list[list[int]] = [[] for _ in range(self._num_bins)]
+        place = epoch.batch(batch)
+        for number, sample in zip(epoch.bins[place].tolist(), epoch.order[place].tolist(), strict=True):
+            members[number].append(sample)
+        return members
 
     def bin(self, step: int, rank: int, k: int) -> list[int]:
         place = rank if k % 2 == 0 else self.world_size - 1 - rank  # dear bins go to each rank in turn
@@ -96,29 +119,76 @@ class BatchPlan:
         """Of the whole global batch: the denominator of its loss."""
         return int(self.index.supervised[self.global_batch(step)].sum())
 
-    def _order_of(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            size, seed = len(self.index.lengths), self._seed
-            self._epochs[epoch] = (
-                modality_order(self.index.num_images > 0, self._global_batch_size, seed, epoch)
-                if self._order is Order.modality
-                else epoch_order(size, seed, epoch)
-            )
-        return self._epochs[epoch]
+    def loads(self, weights: np.ndarray) -> np.ndarray:
+        """int64 [num_steps, bins]: the sum of `weights` [N], one per sample, over every bin of the stage."""
+        epochs = [self._epoch(number) for number in range(-(-self.num_steps // self._steps_per_epoch))]
+        found = [epoch.loads(weights, self._num_bins) for epoch in epochs]
+        return np.concatenate(found)[: self.num_steps]
+
+    def heaviest(self, weights: np.ndarray) -> tuple[int, list[int]]:
+        """Step and samples of the micro-batch, of all of the stage, with the largest sum of `weights` [N]."""
+        step, number = divmod(int(self.loads(weights).argmax()), self._num_bins)
+        return step, self.bins(step)[number]
+
+    def balance(self) -> float:
+        """Mean cost of a step's bins as a share of its dearest one's, averaged over the steps."""
+        loads = self.loads(self._costs)
+        return float(np.mean(loads.mean(axis=1) / np.maximum(1, loads.max(axis=1))))
+
+    @property
+    def _num_bins(self) -> int:
+        return self.world_size * self.micro_batches
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return -(-len(self.index.lengths) // self._global_batch_size)
+
+    def _find(self, step: int) -> tuple[_Epoch, int]:
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"optimizer step {step} of {self.num_steps}")
+        epoch, batch = divmod(step, self._steps_per_epoch)
+        return self._epoch(epoch), batch
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            order = epoch_batches(self.index, self._global_batch_size, self._seed, number, self._order)
+            bins = deal_all(self._costs[order], self._global_batch_size, self._num_bins)
+            self._epochs[number] = _Epoch(order, bins, self._global_batch_size)
+        return self._epochs[number]
 
 
-def deal(costs: np.ndarray, num_bins: int) -> list[list[int]]:
-    """Positions in `costs`, longest processing time first; dear bins first, so that neighbours cost alike."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [(0.0, number) for number in range(num_bins)]
-    heapify(loads)
-    for member in np.argsort(-costs, kind="stable").tolist():
-        load, number = loads[0]
-        bins[number].append(member)
-        heapreplace(loads, (load + float(costs[member]), number))
-    load_of = {number: load for load, number in loads}
-    ranked = sorted(range(num_bins), key=lambda number: (-load_of[number], not bins[number], number))
-    return [sorted(bins[number]) for number in ranked]
+def epoch_batches(index: LengthIndex, batch_size: int, seed: int, epoch: int, order: Order) -> np.ndarray:
+    """int64 [N]; the epoch's samples, a global batch after the other."""
+    if order is Order.modality:
+        return modality_order(index.num_images > 0, batch_size, seed, epoch)
+    return epoch_order(len(index.lengths), seed, epoch)
+
+
+def deal_all(costs: np.ndarray, batch_size: int, num_bins: int) -> np.ndarray:
+    """int32 [N]: the bins of all samples; every `batch_size` of them are dealt for themselves."""
+    full = len(costs) // batch_size * batch_size
+    dealt = [deal(costs[:full].reshape(-1, batch_size), num_bins).reshape(-1)] if full else []
+    return np.concatenate([*dealt, deal(costs[None, full:], num_bins)[0]])
+
+
+def deal(costs_SB: np.ndarray, num_bins: int) -> np.ndarray:
+    """int32 [S, B]: the bin of each of the B samples of S batches; batches know nothing of each other.
+
+    Longest processing time first: the dearest sample left goes to the bin with the least so far. Dear bins
+    come first, so that neighbours cost alike. One loop over the samples deals all batches of an epoch.
+    """
+    num_batches, batch_size = costs_SB.shape
+    batches = np.arange(num_batches)
+    bins = np.zeros((num_batches, batch_size), np.int32)
+    loads = np.zeros((num_batches, num_bins), np.int64)
+    for samples in np.argsort(-costs_SB.astype(np.int64), axis=1, kind="stable").T:
+        cheapest = loads.argmin(axis=1)  # the first of several
+        bins[batches, samples] = cheapest
+        loads[batches, cheapest] += costs_SB[batches, samples]
+    dear_first = np.argsort(-loads, axis=1, kind="stable")
+    rank = np.zeros_like(dear_first)
+    np.put_along_axis(rank, dear_first, np.arange(num_bins)[None], axis=1)
+    return np.take_along_axis(rank, bins, axis=1).astype(np.int32)
 
 
 def micro_batches_for(
@@ -138,34 +208,31 @@ def micro_batches_for(
     One number for the whole stage. A sample longer than `micro_batch_tokens` is allowed in a bin of its own.
     """
 
-    def plan(micro_batches: int) -> BatchPlan:
-        return BatchPlan(
-            index,
-            global_batch_size=global_batch_size,
-            epochs=epochs,
-            max_steps=max_steps,
-            seed=seed,
-            order=order,
-            world_size=world_size,
-            micro_batches=micro_batches,
-            costs=costs,
-        )
+    steps = num_optimizer_steps(len(index.lengths), global_batch_size, epochs, max_steps)
+    per_epoch = -(-len(index.lengths) // global_batch_size)
+    orders = [  # without the batches that max_steps cuts off
+        epoch_batches(index, global_batch_size, seed, epoch, order)[: (steps - done) * global_batch_size]
+        for epoch, done in enumerate(range(0, steps, per_epoch))
+    ]
+    costs = index.lengths if costs is None else costs
 
-    batches = plan(1)
-    capped = np.minimum(index.lengths, micro_batch_tokens)  # a longer sample fills one bin, not several
-    tokens = [int(capped[batches.global_batch(step)].sum()) for step in range(batches.num_steps)]
-    hardest_first = sorted(range(batches.num_steps), key=lambda step: -tokens[step])
-    micro_batches = max(1, -(-max(tokens) // (world_size * micro_batch_tokens)))
-    while not all(
-        _within(plan_bins, index.lengths, micro_batch_tokens)
-        for plan_bins in map(plan(micro_batches).bins, hardest_first)
-    ):
+    def keeps(order: np.ndarray, micro_batches: int) -> bool:
+        num_bins = world_size * micro_batches
+        epoch = _Epoch(order, deal_all(costs[order], global_batch_size, num_bins), global_batch_size)
+        over = epoch.loads(index.lengths, num_bins) > micro_batch_tokens
+        return not np.any(over & (epoch.loads(np.ones_like(index.lengths), num_bins) > 1))
+
+    # a longer sample fills one bin, not several
+    capped = np.minimum(index.lengths, micro_batch_tokens).astype(np.int64)
+    most = max(_batch_sums(capped[order], global_batch_size).max() for order in orders)
+    micro_batches = max(1, -(-int(most) // (world_size * micro_batch_tokens)))
+    while not all(keeps(order, micro_batches) for order in orders):
         micro_batches += 1
     return micro_batches
 
 
-def _within(bins: Sequence[Sequence[int]], lengths: np.ndarray, budget: int) -> bool:
-    return all(len(members) <= 1 or int(lengths[members].sum()) <= budget for members in bins)
+def _batch_sums(values: np.ndarray, batch_size: int) -> np.ndarray:
+    return np.add.reduceat(values, np.arange(0, len(values), batch_size))
 
 
 def _permutation(size: int, key: tuple[int, ...]) -> np.ndarray:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Core
 
 from morebench.data.records import IMAGE_TOKEN
@@ -41,6 +41,8 @@ class Segment:
 
 
 Piece = Segment | None  # None: the visual tokens of one image
+# ids of a control token; a text, with whether the tokenizer may put its space in front; None: an image
+_Part = list[int] | tuple[bool, str] | None
 
 
 def split_at_images(segments: Sequence[Segment]) -> list[Piece]:
@@ -49,6 +51,9 @@ def split_at_images(segments: Sequence[Segment]) -> list[Piece]:
     for segment in _join_texts(segments):
         # an image token in an answer is text: nothing would fill it
         if segment.token is not None or segment.trained:
+            pieces.append(segment)
+            continue
+        if IMAGE_TOKEN not in segment.text:
             pieces.append(segment)
             continue
         for number, chunk in enumerate(segment.text.split(IMAGE_TOKEN)):
@@ -106,10 +111,30 @@ class TextTokenizer:
         self, pieces: Sequence[Piece], control_ids: Mapping[str, list[int]]
     ) -> list[tuple[list[int] | None, bool]]:
         """-> for every piece or part of one: its ids (None: an image), and whether it is trained."""
-        found: list[tuple[list[int] | None, bool]] = []
-        # by whether the tokenizer may put its space in front
-        texts: dict[bool, list[str]] = {True: [], False: []}
-        places: dict[bool, list[int]] = {True: [], False: []}
+        parts = self._cut(pieces, control_ids)
+        encoded = self._tokenize(part for part, _ in parts)
+        return [(encoded[part].ids if isinstance(part, tuple) else part, trained) for part, trained in parts]
+
+    def count(
+        self, samples: Sequence[Sequence[Piece]], control_ids: Mapping[str, list[int]]
+    ) -> list[list[tuple[int | None, bool]]]:
+        """Of many samples at once: as `encode`, with numbers of ids in place of ids."""
+        cut = [self._cut(pieces, control_ids) for pieces in samples]
+        encoded = self._tokenize(part for parts in cut for part, _ in parts)
+        sizes = {text: len(encoding) for text, encoding in encoded.items()}
+        return [
+            [
+                (sizes[part] if isinstance(part, tuple) else None if part is None else len(part), trained)
+                for part, trained in parts
+            ]
+            for parts in cut
+        ]
+
+    def _cut(self, pieces: Sequence[Piece], control_ids: Mapping[str, list[int]]) -> list[tuple[_Part, bool]]:
+        # cut apart where they stand in a text: `encode_special_tokens` does not see to those that a tokenizer
+        # adds without calling them special, as DeepSeek's role marks
+        literal = [token for token in control_ids if token in self.added and not self.added[token].special]
+        found: list[tuple[_Part, bool]] = []
         chunk_starts, after_text = True, False
         for piece in pieces:
             if piece is None or piece.token is not None:
@@ -118,38 +143,36 @@ class TextTokenizer:
                 # a {bos} is no part of the chunk: in the published computation the tokenizer writes it
                 chunk_starts, after_text = piece is None or piece.token == BOS, False
                 continue
-            for part in self._defuse(piece.text, control_ids):
+            for text in _defuse(piece.text, literal):
                 prefixed = self._unprefixed is None or chunk_starts or (self._always and not after_text)
-                texts[prefixed].append(part)
-                places[prefixed].append(len(found))
-                found.append(([], piece.trained))
+                found.append(((prefixed, text), piece.trained))
                 chunk_starts, after_text = False, True
-        for prefixed, group in texts.items():
-            for at, text_ids in zip(places[prefixed], self._tokenize(group, prefixed), strict=True):
-                found[at] = (text_ids, found[at][1])
         return found
 
-    def _tokenize(self, texts: list[str], prefixed: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        # one call for all: the call costs more than the text
-        if self._unprefixed is None or prefixed:
-            return self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-                "input_ids"
-            ]
-        return [encoding.ids for encoding in self._unprefixed.encode_batch(texts, add_special_tokens=False)]
+    def _tokenize(self, parts: Iterator[_Part]) -> dict[tuple[bool, str], Encoding]:
+        """Every text once, and all in one call: a call costs more than a text, and formats repeat theirs."""
+        texts = list(dict.fromkeys(part for part in parts if isinstance(part, tuple)))
+        encoded: dict[tuple[bool, str], Encoding] = {}
+        for prefixed, core in ((True, self._tokenizer.backend_tokenizer), (False, self._unprefixed)):
+            group = [text for text in texts if text[0] is prefixed]
+            if group and core is not None:
+                core.no_truncation()
+                core.no_padding()
+                core.encode_special_tokens = True  # what looks like one in a text is text
+                found = core.encode_batch_fast([text for _, text in group], add_special_tokens=False)
+                encoded |= dict(zip(group, found, strict=True))
+        return encoded
 
-    def _defuse(self, text: str, control_tokens: Collection[str]) -> list[str]:
-        """Cuts a literal control token in the text apart, where `split_special_tokens` does not.
 
-        That leaves alone what a tokenizer adds without calling it special, as DeepSeek's role marks. An empty
-        text has no parts.
-        """
-        cuts = {0, len(text)}
-        for token in control_tokens:
-            if token in text and token in self.added and not self.added[token].special:
-                cuts |= {match.start() + 1 for match in re.finditer(re.escape(token), text)}
-        return [text[a:b] for a, b in pairwise(sorted(cuts))]
+def _defuse(text: str, tokens: Collection[str]) -> list[str]:
+    """Cuts literal control tokens in the text apart. An empty text has no parts."""
+    if not tokens or not text:
+        return [text] if text else []
+    cuts = {0, len(text)}
+    for token in tokens:
+        if token in text:
+            cuts |= {match.start() + 1 for match in re.finditer(re.escape(token), text)}
+    return [text[a:b] for a, b in pairwise(sorted(cuts))]
 
 
 @lru_cache(maxsize=4)
@@ -182,9 +205,7 @@ def _without_prefix(core: Core) -> Core:
     state = json.loads(core.to_str())
     for part in (*_parts(state["normalizer"]), *_parts(state["pre_tokenizer"])):
         part |= unprefixed.get(part["type"], {})
-    copy = Core.from_str(json.dumps(state))
-    copy.encode_special_tokens = True
-    return copy
+    return Core.from_str(json.dumps(state))
 
 
 def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 from morebench.config.schema import Config, Part
-from morebench.models.flops import Sizes, head_dim, llm_shape, sizes
+from morebench.models.flops import Count, Sizes, head_dim, llm_shape, sizes
 
 # Trained: fp32 weight and gradient, AdamW's two fp32 moments; of matrices also the bf16 copy autocast makes.
 _TRAINED, _AUTOCAST_COPY, _FROZEN = 16, 2, 2
@@ -41,11 +41,11 @@ _KEPT = {
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Generic[Count]):
     """Bytes. `state` is there all the time; `sample` is what one sample of a micro-batch adds."""
 
     state: int
-    sample: int
+    sample: Count
 
 
 def is_counted(model_type: str) -> bool:
@@ -54,9 +54,12 @@ def is_counted(model_type: str) -> bool:
 
 
 def memory(
-    config: Config, length: int, num_images: int, supervised: int, trained: Collection[Part]
-) -> Memory:
-    """Of a train step: `length` counts visual tokens too. No block is computed twice (no recompute)."""
+    config: Config, length: Count, num_images: Count, supervised: Count, trained: Collection[Part]
+) -> Memory[Count]:
+    """Of a train step: `length` counts visual tokens too. No block is computed twice (no recompute).
+
+    The three counts may be int64 arrays, of many samples.
+    """
     shape, model = llm_shape(config), sizes(config)
     return Memory(
         state=_state(shape, model, trained),
@@ -77,7 +80,7 @@ def _state(shape: Mapping[str, Any], model: Sizes, trained: Collection[Part]) ->
     return llm + projector + _FROZEN * model.vision_weights
 
 
-def _kept_per_token(shape: Mapping[str, Any], length: int, is_trained: bool) -> int:
+def _kept_per_token(shape: Mapping[str, Any], length: Count, is_trained: bool) -> Count:
     kept = _KEPT.get(shape["model_type"], _LLAMA)[is_trained]
     heads, width = shape["num_attention_heads"], head_dim(shape)
     block = (
@@ -94,7 +97,7 @@ def _kept_per_token(shape: Mapping[str, Any], length: int, is_trained: bool) -> 
     return shape["num_hidden_layers"] * block + final_norm * shape["hidden_size"] + rotary * width
 
 
-def _head(shape: Mapping[str, Any], model: Sizes, supervised: int, is_trained: bool) -> int:
+def _head(shape: Mapping[str, Any], model: Sizes, supervised: Count, is_trained: bool) -> Count:
     per_logit = 8 if shape.get("final_logit_softcapping") else 4  # log-probabilities; what the cap bent
     per_width = 2 if is_trained else 0
     return supervised * (per_logit * model.vocab_size + per_width * model.llm_width)

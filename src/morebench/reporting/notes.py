@@ -7,7 +7,7 @@ from morebench.reporting.results import CellResult
 from morebench.reporting.stats import AGGREGATE_RESAMPLES, RESAMPLES
 
 EXCLUSION_TEXT = {
-    "quarantined": "records quarantined: no sample, or an image that is missing or damaged",
+    "quarantined": "records quarantined, their image or text being unusable",
     "truncated": "samples cut at the maximum length",
     "unsupervised": "samples without a supervised token, kept with zero weight",
 }

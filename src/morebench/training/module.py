@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from morebench.config import schema
 from morebench.data.batch import Batch
+from morebench.data.records import Sample
 from morebench.errors import NonFiniteError
 from morebench.training.resume import restore_optimizer
 from morebench.training.schedule import cosine_with_warmup, num_warmup_steps
@@ -42,7 +43,7 @@ class StageModule(LightningModule):
         num_steps: int,
         first_step: int,
         loss_factor: float,
-        sample_names: Sequence[str],
+        samples: Sequence[Sample],
         stop: StopRequest,
         optimizer_state: Mapping[str, Tensor] | None,
     ) -> None:
@@ -53,7 +54,7 @@ class StageModule(LightningModule):
         self.next_step = first_step
         self.loss_factor = loss_factor
         self._warmup_steps = num_warmup_steps(num_steps, recipe.warmup_ratio)
-        self._sample_names = sample_names
+        self._samples = samples
         self._stop = stop
         self._optimizer_state = optimizer_state
         self._seen: list[tuple[Tensor, Batch]] = []
@@ -122,7 +123,7 @@ class StageModule(LightningModule):
     def _blame(self, seen: Sequence[tuple[Tensor, Batch]]) -> str:
         bad = [batch for loss, batch in seen if not torch.isfinite(loss)]
         ids = torch.cat([batch.sample_ids for batch in bad or [batch for _, batch in seen]]).tolist()
-        shown = ", ".join(self._sample_names[index] for index in ids[:16])
+        shown = ", ".join(self._samples[number].id for number in ids[:16])
         return (
             f"Optimizer step {self.stats.step}: loss {self.stats.loss}, gradient norm "
             f"{self.stats.grad_norm}. {'Non-finite loss in' if bad else 'In'} {len(ids)} samples: {shown}"

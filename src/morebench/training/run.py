@@ -18,6 +18,7 @@ from morebench.errors import Interrupted
 from morebench.models.parts import save_parts
 from morebench.progress import Progress
 from morebench.training.choices import Choices, this_machine, threads_for
+from morebench.training.dry_step import DryStep
 from morebench.training.files import (
     disk_full_named,
     read_manifest,
@@ -98,6 +99,7 @@ def _begin_manifest(
     facts = {
         "num_steps": plan.num_steps,
         "micro_batches": choices.micro_batches,
+        "balance": round(plan.balance(), 4),
         "threads": choices.threads,
         "world_size": choices.machine.world_size,
         "seed": stage.config.seed,
@@ -125,7 +127,7 @@ def _fit(
         num_steps=plan.num_steps,
         first_step=first_step,
         loss_factor=loss_factor(trainer),
-        sample_names=stage.data.samples.ids(),
+        samples=stage.data.samples,
         stop=stop,
         optimizer_state=checkpoint.load("optimizer") if checkpoint is not None else None,
     )
@@ -134,7 +136,8 @@ def _fit(
         restore_parameters(module.trained(), checkpoint.load("parameters"))
         random_state = checkpoint.load("random")["cpu"]
         _say(f"{label}: continuing after {first_step} of {plan.num_steps} optimizer steps.")
-    batches = Loader(stage.dataset(plan, trainer.global_rank), first_step, config.trainer.num_workers)
+    dataset = stage.dataset(plan, trainer.global_rank)
+    batches = Loader(dataset, first_step, config.trainer.num_workers)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     with ExitStack() as stack:
         metrics = None
@@ -152,6 +155,14 @@ def _fit(
             random_state,
         )
         callbacks.append(saver)
+        # the last, so that a signal that comes meanwhile is kept for the first step
+        callbacks.append(
+            DryStep(
+                label,
+                lambda: dataset.micro_batch(*plan.heaviest(stage.memory())),
+                config.trainer.micro_batch_tokens,
+            )
+        )
         try:
             with dead_workers_named():
                 trainer.fit(module, train_dataloaders=batches)

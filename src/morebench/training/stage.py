@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from morebench.config.compose import load_chat_format
@@ -17,12 +18,16 @@ from morebench.data.images import ImageProcessor
 from morebench.data.index import LengthIndex, index_of
 from morebench.data.packing import BatchPlan, micro_batches_for
 from morebench.errors import DataError
+from morebench.models.flops import sample_flops, sizes
 from morebench.models.llm import load_tokenizer
+from morebench.models.memory import memory
 from morebench.models.mllm import MLLM
 from morebench.models.parts import build_mllm
 from morebench.models.rope import check_max_length
 from morebench.models.weights import folder_hash, starting_weights
 from morebench.training.files import sha256
+
+_BYTES_PER_PIXEL = 6  # as the workers make them, and in the encoder's bf16
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,19 @@ class Stage:
             self.recipe.max_length,
             Path(self.config.paths.cache),
         )
+
+    @cached_property
+    def costs(self) -> np.ndarray:
+        """int64 [N]; FLOPs of every sample: what the bins of a global batch are balanced by."""
+        lengths, num_images, supervised = self._counts()
+        return sample_flops(sizes(self.config), lengths, num_images, supervised, self.recipe.trainable)
+
+    def memory(self) -> np.ndarray:
+        """int64 [N]; bytes that every sample keeps on the device: what makes a micro-batch a large one."""
+        lengths, num_images, supervised = self._counts()
+        kept = memory(self.config, lengths, num_images, supervised, self.recipe.trainable).sample
+        pixels = 3 * self.mllm.vision.image_size**2
+        return kept + num_images * pixels * _BYTES_PER_PIXEL
 
     def micro_batches(self, world_size: int, micro_batch_tokens: int) -> int:
         return micro_batches_for(
@@ -100,7 +118,15 @@ class Stage:
             "max_steps": self.recipe.max_steps,
             "seed": self.config.seed,
             "order": self.recipe.order,
+            "costs": self.costs,
         }
+
+    def _counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        index = self.index
+        lengths, num_images, supervised = (
+            counts.astype(np.int64) for counts in (index.lengths, index.num_images, index.supervised)
+        )
+        return lengths, num_images, supervised
 
 
 def make_stage(config: Config, step: Step, parents: Mapping[Step, Path], is_first: bool = True) -> Stage:

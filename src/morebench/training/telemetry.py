@@ -64,7 +64,9 @@ class Telemetry(Callback):
         self._progress = progress
         self._waited = 0.0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> None:  # after the dry step
         self._step_began = self._batch_ended = time.perf_counter()
 
     def on_train_batch_start(

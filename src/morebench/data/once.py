@@ -1,0 +1,90 @@
+"""What many processes of a cluster want at the same time is made by one of them; the others wait for it.
+
+The lock only saves work: making twice is harmless, because what is made replaces a file as a whole. No file times
+and no flock, which lie on shared file systems: a maker counts in its lock, and one that stopped counting is dead.
+"""
+
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import TypeVar
+
+BEAT = 2.0  # seconds between two counts
+PATIENCE = 90.0  # seconds; network file systems may show a file of a minute ago
+
+Made = TypeVar("Made")
+
+
+def once(path: Path, load: Callable[[], Made | None], make: Callable[[], Made]) -> Made:
+    """`load` gives what `make` has put at `path`, or None."""
+    lock = path.with_name(f"{path.name}.lock")
+    seen, since = None, time.monotonic()
+    while (found := load()) is None:
+        with _held(lock) as is_mine:
+            if is_mine:  # it may have been made since the look above
+                return made if (made := load()) is not None else make()
+        if seen is None:
+            print(f"waiting for another process to make {path}", file=sys.stderr, flush=True)
+        if (now := _read(lock)) != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > PATIENCE or _is_dead(seen):
+            lock.unlink(missing_ok=True)
+        time.sleep(BEAT / 4)
+    return found
+
+
+@contextmanager
+def _held(lock: Path) -> Iterator[bool]:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        yield False
+        return
+    token, done = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}", Event()
+    beating = Thread(target=_beat, args=(lock, token, done), daemon=True)
+    beating.start()
+    try:
+        yield True
+    finally:
+        done.set()
+        beating.join()
+        if _read(lock).startswith(token):  # else somebody thought this process dead and holds it now
+            lock.unlink(missing_ok=True)
+
+
+def _beat(lock: Path, token: str, done: Event) -> None:
+    aside, count = lock.with_name(f"{lock.name}.{token.split()[-1]}"), 0
+    while True:
+        aside.write_text(f"{token} {count}")
+        aside.replace(lock)
+        count += 1
+        if done.wait(BEAT):
+            return
+
+
+def _is_dead(content: str) -> bool:
+    """Whether it is known at once: its process would be on this machine and is not."""
+    host, pid, *_ = [*content.split(), "", ""]
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def _read(lock: Path) -> str:
+    try:
+        return lock.read_text()
+    except FileNotFoundError:
+        return ""
