@@ -16,6 +16,7 @@ from morebench.config.schema import (
     AspectRatio,
     Config,
     EvaluateRecipe,
+    Features,
     ImagePolicy,
     ImageProcessing,
     Interpolation,
@@ -191,6 +192,7 @@ def _config(root: Path, family: str) -> Config:
         paths=paths_below(root),
         seed=0,
         on_bad_image=ImagePolicy.error,
+        features=Features.computed,
         parent=None,
         experiments=None,
     )

@@ -75,6 +75,14 @@ class ImagePolicy(Enum):
     quarantine = "quarantine"  # leave the sample out of every cell, count it, name it in the manifest
 
 
+class Features(Enum):
+    """Where the vision features of train steps come from (morebench.training.features)."""
+
+    computed = "computed"  # by the vision encoder, in every step
+    cached = "cached"  # from files, as the encoder gave them
+    cached_8bit = "cached_8bit"  # from files of half the size, rounded: another run id
+
+
 class Profile(Enum):
     """Which scorers and prompts: the paper's harness, or lmms-eval 0.7.3."""
 
@@ -272,6 +280,7 @@ class Config:
     paths: Paths
     seed: int = bounded(0, 2**32 - 1)
     on_bad_image: ImagePolicy
+    features: Features
     parent: str | None  # run id or folder to start from instead of this cell's own previous step
     experiments: str | None  # files in experiments/ (-m experiments=a,b); in a cell, the one it comes from
 

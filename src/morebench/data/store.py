@@ -57,6 +57,11 @@ class RecordStore(Sequence[Sample]):
         """Of all rows: each once, in the order of the records."""
         return self._column("images").combine_chunks().flatten().unique().to_pylist()
 
+    def images(self) -> pa.ListArray:
+        """The image paths of every sample that is kept."""
+        images = self._column("images")
+        return (images if self.rows is None else images.take(pa.array(self.rows))).combine_chunks()
+
     def rows_with_image(self, names: Sequence[str]) -> list[int]:
         """Numbers of the samples (of all rows) that show one of these images."""
         images = self._column("images").combine_chunks()
