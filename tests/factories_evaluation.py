@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from factories_vision import normalise_of
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -80,7 +81,8 @@ def tiny_mllm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) ->
         llm.get_input_embeddings().weight.mul_(0.1)
     encoder = OpenClipEncoder(VISION_SHAPE, None, feature_layer=-2)
     projector = MLPProjector(encoder.feature_dim, config.hidden_size, 2)
-    return MLLM(encoder, projector, llm, visual_scale=4.0).eval().requires_grad_(False)
+    mllm = MLLM(normalise_of("clip_tiny"), encoder, projector, llm, visual_scale=4.0)
+    return mllm.eval().requires_grad_(False)
 
 
 def chat_format(family: str) -> ChatFormat:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from factories_vision import normalise_of, random_pixels
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -93,6 +94,7 @@ def tiny_mllm(family: str) -> MLLM:
     projector = MLPProjector(CLIP_SHAPE["width"], WIDTH, depth=2)
     projector.initialise(seed=0)
     mllm = MLLM(
+        normalise_of("clip_tiny"),
         OpenClipEncoder(CLIP_SHAPE, None, feature_layer=-2),
         projector,
         llm,
@@ -123,7 +125,7 @@ def packed(lengths: Sequence[int], with_image: Sequence[bool], seed: int = 0) ->
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([*starts, sum(lengths)], dtype=torch.int32),
         visual_positions=torch.tensor(visual, dtype=torch.int64),
-        pixel_values=torch.randn(sum(with_image), 3, 16, 16, generator=generator),
+        pixel_values=random_pixels(sum(with_image), 16, generator),
         target_positions=torch.tensor(targets),
         targets=ids[torch.tensor(targets) + 1],
         num_supervised=torch.tensor(len(targets)),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from factories_vision import stock_model
+from factories_vision import normalise_of, stock_model
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -123,7 +123,8 @@ class Published:
         encoder = TransformersEncoder(
             self.vision_shape, folder, feature_layer=-2, name=TOWER_TYPES[self.vision]
         )
-        return MLLM(encoder, self.projector, self.llm, self.visual_scale).eval().requires_grad_(False)
+        mllm = MLLM(normalise_of(self.vision), encoder, self.projector, self.llm, self.visual_scale)
+        return mllm.eval().requires_grad_(False)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from morebench.config.compose import compose_config
+from morebench.models.normalise import Normalise
 
 composed = cache(compose_config)  # of a tuple of overrides; to be read, not changed
 
@@ -21,6 +22,15 @@ MODEL_TYPES = {
     "siglip": "siglip_vision_model",
     "siglip2": "siglip_vision_model",
 }
+
+
+def normalise_of(choice: str) -> Normalise:
+    return Normalise(composed((f"vision={choice}",)).config.vision.image)
+
+
+def random_pixels(num_images: int, size: int, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 `[I, H, W, 3]`"""
+    return torch.randint(0, 256, (num_images, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
 def stock_model(name: str, shape: dict[str, Any]) -> PreTrainedModel:

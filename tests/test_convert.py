@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from factories_reference import TOWER, Published, write_tensors
+from factories_vision import random_pixels
 from torch import Tensor
 
 from morebench import convert
@@ -50,7 +51,7 @@ def loaded(folder: Path) -> MLLM:
 def logits(mllm: MLLM) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     size = mllm.vision.image_size
-    visual_IVD = mllm.encode_images(torch.randn(2, 3, size, size, generator=generator))
+    visual_IVD = mllm.encode_images(random_pixels(2, size, generator))
     ids = torch.randint(3, 260, (7,), generator=generator)
     embeds_TD = torch.cat([*visual_IVD, mllm.llm.get_input_embeddings()(ids)])
     hidden = mllm.llm.base_model(

@@ -92,7 +92,7 @@ def test_collating_by_hand():
             encoded([8, 9], "11", "00"),
             encoded([0, 0, 3], "001", "110"),
         ],
-        [np.full((3, 2, 2), fill, np.float32) for fill in (1, 2)],
+        [np.full((2, 2, 3), fill, np.uint8) for fill in (1, 2)],
         [40, 10, 20],
         99,
         image_size=2,
@@ -111,9 +111,9 @@ def test_collating_by_hand():
 
 def test_an_empty_bin_has_every_shape_and_type():
     empty = collate([], [], [], 7, image_size=SIZE)
-    full = collate([encoded([1, 2], "01", "00")], [np.zeros((3, SIZE, SIZE), np.float32)], [0], 7, SIZE)
+    full = collate([encoded([1, 2], "01", "00")], [np.zeros((SIZE, SIZE, 3), np.uint8)], [0], 7, SIZE)
     assert [tensor.dtype for tensor in empty] == [tensor.dtype for tensor in full]
-    assert empty.pixel_values.shape == (0, 3, SIZE, SIZE)
+    assert empty.pixel_values.shape == (0, SIZE, SIZE, 3)
     assert empty.cu_seqlens.tolist() == [0]
     assert len(empty.input_ids) == len(empty.targets) == len(empty.target_positions) == 0
 

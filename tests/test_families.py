@@ -30,7 +30,7 @@ def stock_model(mllm: MLLM) -> PreTrainedModel:
 
 def hidden_inputs(mllm: MLLM, batch: Batch) -> Tensor:
     """Projected features and rows of the embedding matrix, neither of them scaled."""
-    features = mllm.vision(batch.pixel_values)
+    features = mllm.vision(mllm.normalise(batch.pixel_values))
     raw_TD = mllm.llm.get_input_embeddings().weight[batch.input_ids]
     return raw_TD.index_copy(0, batch.visual_positions, mllm.projector(features).flatten(0, 1))
 

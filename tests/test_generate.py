@@ -7,6 +7,7 @@ from itertools import islice
 import pytest
 import torch
 from factories_evaluation import FAMILIES, byte_tokenizer, chat_format, questions, tiny_mllm
+from factories_vision import random_pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -47,7 +48,7 @@ def make_case(family: str) -> Case:
     prompts = [chat.encode_prompt(text, tokenizer, mllm.vision.num_visual_tokens) for text in texts]
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        visual_IVD = mllm.encode_images(torch.randn(2 * NUM_QUESTIONS, 3, 24, 24, generator=generator))
+        visual_IVD = mllm.encode_images(random_pixels(2 * NUM_QUESTIONS, 24, generator))
     visual = [visual_IVD[2 * i : 2 * i + text.count("<image>")].clone() for i, text in enumerate(texts)]
     # Every sixth id ends an answer, so that rows end at different steps.
     return Case(mllm, tokenizer, list(range(0, len(tokenizer), 6)), prompts, visual)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories_vision import composed
+import torch
+from factories_vision import MODEL_TYPES, composed, normalise_of
 from PIL import Image, ImageOps
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_transforms import convert_to_rgb
@@ -57,6 +58,43 @@ def processing(choice: str) -> ImageProcessing:
     return composed((f"vision={choice}",)).config.vision.image
 
 
+def normalised(choice: str, pixels: np.ndarray) -> np.ndarray:
+    """What the vision encoder gets of one image."""
+    found = normalise_of(choice)(torch.from_numpy(pixels[None].copy()))
+    assert found.is_contiguous()
+    return found[0].numpy()
+
+
+@pytest.mark.parametrize("choice", MODEL_TYPES)
+def test_every_value_of_every_channel_is_normalised_as_numpy_does_it(choice: str):
+    """The study's processors compute with numpy."""
+    image = processing(choice)
+    values = np.tile(np.arange(256, dtype=np.uint8)[:, None], 3)  # [256, 3]
+    mean, std = np.array([image.mean, image.std], dtype=np.float32)
+    expected = (values.astype(np.float32) / 255 - mean) / std
+    assert expected.dtype == np.float32
+    found = normalised(choice, values.reshape(16, 16, 3))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found.reshape(3, 256).T.view(np.int32), expected.view(np.int32))
+
+
+def test_the_constants_are_in_no_file_and_no_cast_rounds_them():
+    normalise = normalise_of("clip")
+    pixels = torch.arange(192, dtype=torch.uint8).view(1, 8, 8, 3)
+    expected = normalise(pixels)
+    assert not normalise.state_dict()
+    for cast in (torch.bfloat16, torch.float64):
+        torch.testing.assert_close(normalise.to(cast)(pixels), expected, rtol=0, atol=0)
+    on_meta = normalise_of("clip").to("meta")
+    assert on_meta.to_empty(device="cpu")(pixels).equal(expected), "an empty copy holds the numbers"
+
+
+@pytest.mark.parametrize("given", [torch.zeros(1, 8, 8, 3), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)])
+def test_numbers_that_are_not_pixels_are_refused(given: torch.Tensor):
+    with pytest.raises(ValueError, match=r"uint8 \[I, H, W, 3\].*found torch\.\w+ \[1, "):
+        normalise_of("clip")(given)
+
+
 @pytest.mark.parametrize("choice", REFERENCES)
 def test_the_same_numbers_as_the_processors_of_the_study(choice: str):
     reference, settings, image_size = REFERENCES[choice]
@@ -68,10 +106,10 @@ def test_the_same_numbers_as_the_processors_of_the_study(choice: str):
             given = pad_to_square(image, COLOURS[choice]) if aspect_ratio is AspectRatio.pad else image
             expected = theirs(given, return_tensors="np")["pixel_values"][0]
             pixels = ours(image)
-            assert pixels.shape == (3, image_size, image_size)
-            assert pixels.dtype == np.float32
+            assert pixels.shape == (image_size, image_size, 3)
+            assert pixels.dtype == np.uint8
             assert pixels.flags.c_contiguous
-            np.testing.assert_array_equal(pixels, expected)
+            np.testing.assert_array_equal(normalised(choice, pixels), expected)
 
 
 def write_files(folder: Path) -> dict[str, Path]:
@@ -135,7 +173,8 @@ def test_files_of_every_kind_as_the_study_read_them(choice: str, files: dict[str
         ours = ImageProcessor(processing(choice), image_size, aspect_ratio)
         for name, path in files.items():
             expected = as_the_study(choice, path, aspect_ratio)
-            np.testing.assert_array_equal(ours(load_image(path)), expected, err_msg=f"{name}, {aspect_ratio}")
+            found = normalised(choice, ours(load_image(path)))
+            np.testing.assert_array_equal(found, expected, err_msg=f"{name}, {aspect_ratio}")
 
 
 @pytest.mark.parametrize("choice", REFERENCES)
@@ -144,8 +183,9 @@ def test_s2_reads_images_at_the_largest_scale(choice: str, files: dict[str, Path
     for aspect_ratio in AspectRatio:
         ours = ImageProcessor(wanted, 3 * image_size, aspect_ratio, scale=3)
         pixels = ours(load_image(files["rgb.jpg"]))
-        assert pixels.shape == (3, 3 * image_size, 3 * image_size)
-        np.testing.assert_array_equal(pixels, as_the_study(choice, files["rgb.jpg"], aspect_ratio, scale=3))
+        assert pixels.shape == (3 * image_size, 3 * image_size, 3)
+        expected = as_the_study(choice, files["rgb.jpg"], aspect_ratio, scale=3)
+        np.testing.assert_array_equal(normalised(choice, pixels), expected)
 
 
 def test_both_dinov2_see_the_same_pixels():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from factories_models import LLM_SHAPES, NUM_VISUAL_TOKENS, VOCABULARY, gradients, packed, tiny_mllm
+from factories_vision import random_pixels
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -67,7 +68,7 @@ def test_a_sample_changes_no_logit_of_its_neighbours(family: str) -> None:
     other_ids = batch.input_ids.clone()
     other_ids[: LENGTHS[0]] = (other_ids[: LENGTHS[0]] + 7) % VOCABULARY
     other_pixels = batch.pixel_values.clone()
-    other_pixels[0] += 1
+    other_pixels[0] += 100
     before = all_logits(mllm, batch)
     after = all_logits(mllm, batch._replace(input_ids=other_ids, pixel_values=other_pixels))
     assert not torch.equal(before[: LENGTHS[0]], after[: LENGTHS[0]])
@@ -148,7 +149,7 @@ def test_gemma_scales_visual_tokens_as_it_scales_its_own() -> None:
     mllm.projector = torch.nn.Flatten(2)  # type: ignore[assignment]
     mllm.projector.register_parameter("anchor", torch.nn.Parameter(torch.zeros(1)))
     mllm.vision = type("Rows", (torch.nn.Linear,), {"forward": lambda self, pixels: rows_1VD})(1, 1)
-    visual_IVD = mllm.encode_images(torch.zeros(1, 3, 16, 16))
+    visual_IVD = mllm.encode_images(random_pixels(1, 16))
     positions = torch.arange(NUM_VISUAL_TOKENS)
     spliced = mllm.embed(torch.zeros(NUM_VISUAL_TOKENS, dtype=torch.int64), positions, visual_IVD)
     torch.testing.assert_close(spliced, mllm.llm.get_input_embeddings()(positions + 5))

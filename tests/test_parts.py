@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from factories_models import CLIP_SHAPE, LLM_SHAPES, packed
+from factories_vision import random_pixels
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -149,7 +150,7 @@ def test_s2_widens_the_projector(tmp_path: Path) -> None:
     mllm = built(config)
     assert mllm.projector[0].in_features == 3 * CLIP_SHAPE["width"]
     assert mllm.vision.image_size == 3 * CLIP_SHAPE["image_size"]
-    pixels = torch.zeros(1, 3, mllm.vision.image_size, mllm.vision.image_size)
+    pixels = random_pixels(1, mllm.vision.image_size)
     assert mllm.encode_images(pixels).shape == (1, mllm.vision.num_visual_tokens, mllm.llm.config.hidden_size)
 
 

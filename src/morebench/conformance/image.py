@@ -25,9 +25,9 @@ def probe_image() -> Image.Image:
 
 def examine_image(config: Config, step: Step, image_size: int) -> Iterator[Finding]:
     pixels = processor_of(config, step, image_size)(probe_image())
-    right = pixels.shape == (3, image_size, image_size) and bool(np.isfinite(pixels).all())
+    right = pixels.shape == (image_size, image_size, 3) and pixels.dtype == np.uint8
     aspect = recipe_of(config, step)[0].image_aspect_ratio.name
-    expected = f"[3, {image_size}, {image_size}]"
+    expected = f"uint8 [{image_size}, {image_size}, 3]"
     yield judged(step.name, "image", right, f"{aspect}, {list(pixels.shape)} values", expected)
 
 

@@ -19,7 +19,7 @@ class Batch(NamedTuple):  # not a dataclass: Lightning cannot move a frozen one 
     position_ids: Tensor  # int64 [T]; restart at every sample
     cu_seqlens: Tensor  # int32 [N + 1]; sample n is cu_seqlens[n]:cu_seqlens[n + 1]
     visual_positions: Tensor  # int64 [I * V]; in the order of pixel_values
-    pixel_values: Tensor  # float32 [I, 3, H, W]
+    pixel_values: Tensor  # uint8 [I, H, W, 3]
     target_positions: Tensor  # int64 [S]; where a supervised token is predicted, one before it
     targets: Tensor  # int64 [S]
     num_supervised: Tensor  # int64 []; of the whole global batch: the denominator of the loss
@@ -33,7 +33,7 @@ def collate(
     num_supervised_global: int,
     image_size: int,
 ) -> Batch:
-    """`pixel_values` are float32 [3, H, W], those of the first sample first. All may be empty."""
+    """`pixel_values` are uint8 [H, W, 3], those of the first sample first. All may be empty."""
     lengths = np.array([len(sample.input_ids) for sample in encoded], dtype=np.int64)
     cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     input_ids = _join([sample.input_ids for sample in encoded], np.int64)
@@ -41,7 +41,7 @@ def collate(
     supervised = _join([sample.supervised for sample in encoded], np.bool_)
     supervised[cu_seqlens[:-1][lengths > 0]] = False  # nothing precedes a sample's first token
     target_positions = np.flatnonzero(supervised) - 1
-    images = np.stack(pixel_values) if pixel_values else np.zeros((0, 3, image_size, image_size), np.float32)
+    images = np.stack(pixel_values) if pixel_values else np.zeros((0, image_size, image_size, 3), np.uint8)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)),

@@ -1,4 +1,4 @@
-"""From an image file to the numbers a vision encoder takes, as the study's image processors computed them."""
+"""From an image file to the pixels a vision encoder is shown, as the study's image processors made them."""
 
 from dataclasses import replace
 from io import BytesIO
@@ -72,7 +72,7 @@ def mean_colour(processing: ImageProcessing) -> tuple[int, int, int]:
 
 
 class ImageProcessor:
-    """Padding, resizing, cropping and normalising; PIL's resizing, on 8-bit values."""
+    """Padding, resizing and cropping. The device normalises (`models.normalise`)."""
 
     def __init__(
         self, processing: ImageProcessing, image_size: int, aspect_ratio: AspectRatio, scale: int = 1
@@ -88,22 +88,20 @@ class ImageProcessor:
                 f"vision.image.resize_to={size} ({processing.resize.name}) does not give the "
                 f"{image_size} pixels that the vision encoder takes."
             )
-        self._processing = processing
+        self.processing = processing
         self.image_size = image_size
         self._aspect_ratio = aspect_ratio
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """float32 [3, S, S]"""
+        """uint8 [S, S, 3], read-only. The device puts the channels first; there it costs nothing."""
         if self._aspect_ratio is AspectRatio.pad:
-            image = pad_to_square(image, mean_colour(self._processing))
-        image = self._crop(image.resize(self._resized(image), RESAMPLING[self._processing.interpolation]))
-        pixels = np.asarray(image, dtype=np.float32) / 255
-        mean, std = np.array([self._processing.mean, self._processing.std], dtype=np.float32)
-        return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+            image = pad_to_square(image, mean_colour(self.processing))
+        image = self._crop(image.resize(self._resized(image), RESAMPLING[self.processing.interpolation]))
+        return np.asarray(image)
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
-        size = self._processing.resize_to
-        if self._processing.resize is Resize.squash:
+        size = self.processing.resize_to
+        if self.processing.resize is Resize.squash:
             return size, size
         short, long = sorted(image.size)
         long = int(size * long / short)

@@ -20,6 +20,7 @@ from morebench.digits.folders import new_folder
 from morebench.digits.render import Picture, Scans, load_scans, render
 from morebench.digits.tiny_vit import build_vit, penultimate, trained_parameters
 from morebench.digits.world import COLOURS, NUMBERS, PLACES, Scene, Thing, draw_scene
+from morebench.models.normalise import Normalise
 
 LR = 3e-3
 FILLED_SHARE = 0.9  # quarters with a digit: fuller than the data set's scenes, so more to learn per image
@@ -50,12 +51,13 @@ def build(folder: Path, provider: str, shape: str, seed: int, steps: int = 600, 
         model = build_vit(provider, facts)
         heads = nn.Linear(facts["width"], sum(NUM_CLASSES))
         views = make_views(provider, facts)
+        normalise = Normalise(views[0].processor.processing)  # mean and std are the same for all
 
         def loss_of_step(step: int) -> Tensor:
             rng = np.random.default_rng([seed, step])
             scenes = [draw_full_scene(rng) for _ in range(batch_size)]
-            pixels_I3HW, targets_I3V = draw_batch(scenes, train, views, facts, rng)
-            return dense_loss(heads(penultimate(model, pixels_I3HW)), targets_I3V)
+            pixels_IHW3, targets_I3V = draw_batch(scenes, train, views, facts, rng)
+            return dense_loss(heads(penultimate(model, normalise(pixels_IHW3))), targets_I3V)
 
         matrices, others = trained_parameters(model)
         fit(matrices, [*others, *heads.parameters()], loss_of_step, steps, LR, f"{shape}: learning to see")
@@ -107,7 +109,7 @@ def draw_batch(
     shape: Mapping[str, Any],
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """-> pixels `[I, 3, S, S]`, classes `[I, 3, V]` by VALUES."""
+    """-> uint8 pixels `[I, S, S, 3]`, classes `[I, 3, V]` by VALUES."""
     pixels, targets = [], []
     for scene in scenes:
         picture = render(scene, scans, rng)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageStat
 from torch import Tensor
@@ -56,7 +57,7 @@ class _Model:
         for start in range(0, len(unique), self.batch_size):
             chunk = unique[start : start + self.batch_size]
             images = [seen(load_image(path), control) for path in chunk]
-            pixels = torch.stack([torch.from_numpy(self.processor(image)) for image in images])
+            pixels = torch.from_numpy(np.stack([self.processor(image) for image in images]))
             visual_IVD = self.mllm.encode_images(pixels.to(self.device)).cpu()
             encoded |= dict(zip(chunk, visual_IVD, strict=True))
         return encoded

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from morebench.data.batch import Batch
+from morebench.models.normalise import Normalise
 from morebench.models.projector import MLPProjector
 from morebench.models.vision import VisionEncoder
 
@@ -27,9 +28,15 @@ class MLLM(nn.Module):
     """
 
     def __init__(
-        self, vision: VisionEncoder, projector: MLPProjector, llm: PreTrainedModel, visual_scale: float = 1.0
+        self,
+        normalise: Normalise,
+        vision: VisionEncoder,
+        projector: MLPProjector,
+        llm: PreTrainedModel,
+        visual_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.normalise = normalise
         self.vision = vision
         self.projector = projector
         self.llm = llm
@@ -56,11 +63,11 @@ class MLLM(nn.Module):
             return 0.0 * (self._loss_sum(hidden_TD[:1], batch.targets.new_zeros(1)) + weightless)
         return self._loss_sum(hidden_TD[batch.target_positions], batch.targets) + weightless
 
-    def encode_images(self, pixels_I3HW: Tensor) -> Tensor:
-        """-> visual tokens `[I, V, D]`, ready for `embed`."""
-        with torch.no_grad(), _without_autocast(pixels_I3HW.device):
+    def encode_images(self, pixels_IHW3: Tensor) -> Tensor:
+        """uint8 -> visual tokens `[I, V, D]`, ready for `embed`."""
+        with torch.no_grad(), _without_autocast(pixels_IHW3.device):
             dtype = next(self.get_submodule("vision").parameters()).dtype
-            features_IVC = self.vision(pixels_I3HW.to(dtype))
+            features_IVC = self.vision(self.normalise(pixels_IHW3).to(dtype))
         visual_IVD = self.projector(features_IVC.to(self._projector_dtype()))
         return visual_IVD * self.visual_scale
 

@@ -17,6 +17,7 @@ from morebench.errors import ConfigError, WeightsError, join_problems
 from morebench.models.llm import load_llm
 from morebench.models.mllm import MLLM
 from morebench.models.multiscale import MultiScale
+from morebench.models.normalise import Normalise
 from morebench.models.projector import MLPProjector
 from morebench.models.vision import VisionEncoder
 
@@ -44,7 +45,8 @@ def build_mllm(
     projector = MLPProjector(encoder.feature_dim, llm_dim, config.projector.depth)
     projector.initialise(config.seed)
     scaled = config.llm.visual_scale is VisualScale.sqrt_hidden
-    mllm = MLLM(encoder, projector, llm, math.sqrt(llm_dim) if scaled else 1.0)
+    scale = math.sqrt(llm_dim) if scaled else 1.0
+    mllm = MLLM(Normalise(config.vision.image), encoder, projector, llm, scale)
     for part in Part:
         path = weights.get(part)
         if path is not None and not path.is_dir():
