@@ -8,6 +8,7 @@ from typing import Any
 
 from morebench.config.compose import CONF_DIR, CONFIG_DIR_VARIABLE, Composed, register
 from morebench.config.overrides import check
+from morebench.config.schema import Features
 from morebench.entry import fail
 from morebench.errors import EXIT_DONE, EXIT_FAILED, MorebenchError, WeightsError, join_problems
 
@@ -31,6 +32,10 @@ def launch(composed: Sequence[Composed], options: Mapping[str, Any]) -> int:
     plan = make_plan(cells)
     if plan.missing_sources:
         raise WeightsError(join_problems(plan.missing_sources))
+    if any(cell.config.features is not Features.computed for cell in cells):
+        from morebench.matrix.features import check_features
+
+        check_features(plan)
     print_plan(plan, sys.stderr)
     outcomes = launch_local(plan, options.get("n_jobs"))
     print_outcomes(plan, outcomes, sys.stderr)

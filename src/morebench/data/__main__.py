@@ -1,8 +1,9 @@
 """What is done with data sets by hand.
 
     python -m morebench.data build ...     a pre-training subset of LAION or Recap-DataComp-1B
+    python -m morebench.data cache ...     the features of a vision encoder, for runs with features=cached
 
-`python -m morebench.data build --help` explains it.
+`python -m morebench.data build --help` explains it; so for the others.
 """
 
 import difflib
@@ -13,7 +14,10 @@ from collections.abc import Sequence
 from morebench import entry
 from morebench.errors import EXIT_USER
 
-SUB_VERBS = {"build": "morebench.data.build"}  # module with `command` and its help as docstring
+SUB_VERBS = {
+    "build": "morebench.data.build",
+    "cache": "morebench.cache_features",
+}  # module with `command` and its help as docstring
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from morebench.data.batch import Batch, collate
 from morebench.data.chat import ChatFormat
 from morebench.data.check import CheckedData
+from morebench.data.features import FeatureCache
 from morebench.data.images import ImageProcessor, load_image, resolve_inside
 from morebench.data.packing import BatchPlan
 from morebench.data.records import Sample
@@ -32,6 +33,7 @@ class MicroBatches(Dataset[Batch]):
     num_visual_tokens: int
     max_length: int
     rank: int
+    features: FeatureCache | None = None  # read in place of pixels
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.plan.micro_batches
@@ -40,12 +42,14 @@ class MicroBatches(Dataset[Batch]):
         step, k = divmod(item, self.plan.micro_batches)
         ids = self.plan.bin(step, self.rank, k)
         samples = [self.data.samples[number] for number in ids]
+        cache = self.features
         return collate(
             [self.chat.encode(s, self.tokenizer, self.num_visual_tokens, self.max_length) for s in samples],
-            [pixels for sample in samples for pixels in self._pixels(sample)],
+            [] if cache else [pixels for sample in samples for pixels in self._pixels(sample)],
             ids,
             self.plan.supervised_tokens(step),
             self.processor.image_size,
+            [found for number in ids for found in cache.of_sample(number)] if cache else (),
         )
 
     def _pixels(self, sample: Sample) -> list[np.ndarray]:

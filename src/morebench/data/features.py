@@ -125,7 +125,7 @@ def checksum(digest: str, image: int, features: Tensor, scales: Tensor) -> int:
     """Of the values and of their place: another cache's shard, or another shard's name, is seen too."""
     value = zlib.crc32(f"{digest} {image}".encode())
     for tensor in (features, scales):
-        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
     return value
 
 

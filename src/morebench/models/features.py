@@ -1,13 +1,25 @@
 """Features of the frozen vision encoder: computed, or rounded to 8 bits, or already there."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 
+from morebench.models.normalise import Normalise
 from morebench.models.vision import VisionEncoder
 
 BLOCK = 64  # neighbouring channels that share a scale: a few channels of trained encoders are far larger
+
+
+def encode(normalise: Normalise, vision: VisionEncoder, pixels_IHW3: Tensor) -> Tensor:
+    """uint8 -> `[I, V, C]` in the encoder's own precision. The one way to features, cached or not."""
+    assert isinstance(vision, nn.Module)
+    with torch.no_grad(), _without_autocast(pixels_IHW3.device):
+        dtype = next((weight.dtype for weight in vision.parameters()), torch.float32)
+        features_IVC: Tensor = vision(normalise(pixels_IHW3).to(dtype))
+    return features_IVC
 
 
 class AbsentEncoder(nn.Module):
@@ -42,3 +54,9 @@ def from_8bit(values_IVC: Tensor, scales_IVG: Tensor) -> Tensor:
     """fp32"""
     blocks = values_IVC.float().unflatten(-1, (scales_IVG.shape[-1], -1))
     return (blocks * scales_IVG[..., None]).flatten(-2)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # the meta device has none

@@ -1,4 +1,4 @@
-"""Builds a feature cache: shard after shard, each whole or not there at all, so that a kill costs one shard."""
+"""Builds a feature cache, shard after shard: each is whole or not there, so that a kill costs one."""
 
 import json
 import math
@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from morebench.config.schema import AspectRatio, Config
 from morebench.data.features import MANIFEST, ImageNumbers, checksum, read_manifest, shard_name
 from morebench.data.images import ImageProcessor, load_image, resolve_inside
 from morebench.errors import DataError, Interrupted, NonFiniteError
-from morebench.models.features import num_scales, to_8bit
-from morebench.models.parts import save_tensors
+from morebench.models.features import encode, to_8bit
+from morebench.models.normalise import Normalise
+from morebench.models.parts import build_encoder, save_tensors
+from morebench.models.weights import locate
 from morebench.progress import Progress, track
 from morebench.training.features import CacheOf
 from morebench.training.files import disk_full_named, sha256, write_atomically
@@ -29,7 +32,9 @@ SHARD_BYTES = 2**30
 _JOURNAL = "shards.jsonl"  # a line per finished shard; the manifest is made of it
 _TILES_PER_CALL = 64  # through the encoder at once: enough for a GPU, and bearable for a CPU
 
-Encode = Callable[[Tensor], Tensor]  # what the data workers give -> features [I, V, C] on the encoder's device
+Encode = Callable[
+    [Tensor], Tensor
+]  # what the data workers give -> features [I, V, C] on the encoder's device
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +50,25 @@ class ImageGroups(Dataset[Tensor]):
 
     def _pixels(self, number: int) -> np.ndarray:
         return self.processor(load_image(resolve_inside(self.root, self.images.names[number].as_py())))
+
+
+def make_encoder(
+    config: Config, cache: CacheOf, images: ImageNumbers, root: Path, aspect_ratio: AspectRatio
+) -> tuple[ImageGroups, Encode]:
+    """What is encoded, and what encodes it, on a GPU if the trainer may use one. Raises WeightsError."""
+    vision = build_encoder(config, locate(config.vision.weights, config.paths))
+    assert isinstance(vision, nn.Module)
+    device = torch.device(
+        "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    )
+    vision.eval().requires_grad_(False).to(device, cache.dtype)
+    normalise = Normalise(config.vision.image).to(device)
+    processor = ImageProcessor(
+        config.vision.image, vision.image_size, aspect_ratio, max(config.resolution.scales)
+    )
+    return ImageGroups(images, root, processor), lambda pixels: encode(
+        normalise, vision, pixels.to(device, non_blocking=True)
+    )
 
 
 def images_per_call(scales: Sequence[int]) -> int:
@@ -148,7 +172,8 @@ class _Builder:
         for at in range(0, len(numbers), per_call):
             if self._stop.signal_name is not None:
                 raise Interrupted(
-                    f"{self._stop.signal_name} asked to stop. Finished shards are kept: the same command goes on."
+                    f"{self._stop.signal_name} asked to stop. Finished shards are kept: the same command "
+                    "goes on."
                 )
             found = self._encode(next(pixels))
             features[at : at + len(found)] = found
@@ -233,7 +258,7 @@ def loader(dataset: ImageGroups, groups: Sequence[tuple[int, ...]], num_workers:
     return DataLoader(
         dataset,
         batch_size=None,
-        sampler=groups,  # type: ignore[arg-type]  # what an item is called is the data set's matter
+        sampler=groups,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from morebench.config.compose import load_shape
-from morebench.config.schema import Config, Features, Precision, TrainRecipe
+from morebench.config.schema import Config, Features, Precision, Step, TrainRecipe
 from morebench.data.check import CheckedData
+from morebench.data.features import FeatureCache, ImageNumbers
 from morebench.models.features import num_scales
 from morebench.models.flops import sizes
 from morebench.models.weights import folder_hash
@@ -97,6 +98,20 @@ def cache_of(config: Config, recipe: TrainRecipe, data: CheckedData, encoder_wei
         num_visual_tokens=counted.num_visual_tokens,
         feature_dim=counted.projector[0] // counted.llm_width,
     )
+
+
+def open_features(
+    config: Config, step: Step, recipe: TrainRecipe, data: CheckedData, encoder_weights: Path
+) -> FeatureCache | None:
+    """The cache the config asks for, None where features are computed. Raises DataError: it is not whole."""
+    if config.features is Features.computed:
+        return None
+    cache = cache_of(config, recipe, data, encoder_weights)
+    build = (
+        f"python -m morebench.data cache features={config.features.name} stage={step.name} and what else "
+        "this run was started with"
+    )
+    return FeatureCache(cache.folder, ImageNumbers.of(data.samples), build)
 
 
 def _plain(value: Any) -> Any:

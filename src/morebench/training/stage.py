@@ -14,6 +14,7 @@ from morebench.config.schema import Config, Part, Step, TrainingData, TrainRecip
 from morebench.data.chat import ChatFormat
 from morebench.data.check import CheckedData, open_data
 from morebench.data.datamodule import MicroBatches
+from morebench.data.features import FeatureCache
 from morebench.data.images import ImageProcessor
 from morebench.data.index import LengthIndex, build_index
 from morebench.data.packing import BatchPlan, micro_batches_for
@@ -22,6 +23,7 @@ from morebench.models.mllm import MLLM
 from morebench.models.parts import build_mllm
 from morebench.models.rope import check_max_length
 from morebench.models.weights import folder_hash, starting_weights
+from morebench.training.features import open_features
 from morebench.training.files import sha256
 
 
@@ -34,6 +36,7 @@ class Stage:
     tokenizer: PreTrainedTokenizerFast
     chat: ChatFormat
     mllm: MLLM
+    features: FeatureCache | None = None  # where they are not computed
 
     @cached_property
     def index(self) -> LengthIndex:
@@ -72,6 +75,7 @@ class Stage:
             num_visual_tokens=self.mllm.vision.num_visual_tokens,
             max_length=self.recipe.max_length,
             rank=rank,
+            features=self.features,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -83,6 +87,10 @@ class Stage:
                 "num_records": self.data.num_records,
                 "num_samples": len(self.data.samples),
                 "tokens": int(self.index.lengths.sum(dtype="int64")),
+            },
+            "features": {
+                "from": self.config.features.name,
+                "cache": None if self.features is None else self.features.folder.name,
             },
             "quarantined": [vars(entry) for entry in self.data.quarantined],
             "truncated": self.index.truncated,
@@ -113,6 +121,7 @@ def make_stage(config: Config, step: Step, parents: Mapping[Step, Path]) -> Stag
         check_max_length(config.llm, recipe_of(config, one)[0].max_length, f"stage.{one.name}.max_length")
     checked = open_data(data, config.paths, config.on_bad_image)
     weights = starting_weights(config)
+    features = open_features(config, step, recipe, checked, weights[Part.vision])
     if step is Step.finetune:
         weights[Part.projector] = parents[Step.pretrain] / f"{Part.projector.name}.safetensors"
     tokenizer = load_tokenizer(config.llm, weights[Part.llm])
@@ -125,7 +134,8 @@ def make_stage(config: Config, step: Step, parents: Mapping[Step, Path]) -> Stag
         weights=weights,
         tokenizer=tokenizer,
         chat=_chat_format(config, step),
-        mllm=build_mllm(config, weights, recipe.precision, recipe.trainable),
+        mllm=build_mllm(config, weights, recipe.precision, recipe.trainable, with_vision=features is None),
+        features=features,
     )
 
 
