@@ -112,8 +112,8 @@ def build_cache(
         ranges = {n: range(n * per_shard, min((n + 1) * per_shard, num_images)) for n in shards}
         done = sum(len(ranges[number]) for number in whole)
         with Progress(f"features of {cache.name}", num_images, done) as progress:
-            _Builder(cache, journal, encode, stop, progress, done).build(
-                [(number, ranges[number]) for number in todo], dataset, per_call, num_workers
+            _Builder(cache, journal, dataset, encode, stop, progress, done).build(
+                [(number, ranges[number]) for number in todo], per_call, num_workers
             )
     if todo or not _is_complete(folder):
         manifest = {
@@ -135,24 +135,23 @@ class _Builder:
         self,
         cache: CacheOf,
         journal: "_Journal",
+        dataset: ImageGroups,
         encode: Encode,
         stop: StopRequest,
         progress: Progress,
         done: int,
     ) -> None:
-        self._cache, self._journal, self._encode = cache, journal, encode
+        self._cache, self._journal, self._dataset, self._encode = cache, journal, dataset, encode
         self._stop, self._progress, self._done = stop, progress, done
 
-    def build(
-        self, todo: Sequence[tuple[int, range]], dataset: ImageGroups, per_call: int, num_workers: int
-    ) -> None:
+    def build(self, todo: Sequence[tuple[int, range]], per_call: int, num_workers: int) -> None:
         # groups begin with a shard, so that a resumed one is computed in the same groups
         groups = [
             tuple(numbers[at : at + per_call])
             for _, numbers in todo
             for at in range(0, len(numbers), per_call)
         ]
-        pixels = iter(loader(dataset, groups, num_workers))
+        pixels = iter(loader(self._dataset, groups, num_workers))
         with ThreadPoolExecutor(1) as writer:
             pending: Future[None] | None = None
             try:
@@ -182,8 +181,8 @@ class _Builder:
         if not torch.isfinite(features).all():
             (bad,) = torch.nonzero(~features.isfinite().all(-1).all(-1), as_tuple=True)
             raise NonFiniteError(
-                f"The vision encoder gave features that are not finite for {len(bad)} images, the first of "
-                f"them number {numbers[int(bad[0])]}. Nothing of this shard was written."
+                f"The vision encoder gave features that are not finite for {len(bad)} images, the first of them "
+                f"{self._dataset.images.names[numbers[int(bad[0])]]}. Nothing of this shard was written."
             )
         return features
 

@@ -102,7 +102,7 @@ def describe(
 
 
 def size(count: float) -> str:
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
         if count >= unit:
             return f"{count / unit:.2f} {name}"
     return f"{count:,.0f} bytes"
