@@ -55,7 +55,7 @@ def command(overrides: Sequence[str]) -> None:
     cells = cells_of(assemble(expand(texts)))
     check_cells(cells)
     _check_choices(cells)
-    prepare([_without_llm(cell.config) for cell in cells])
+    prepare([_needed(cell) for cell in cells])
     jobs = _jobs(cells)
     from morebench.training.feature_build import built_bytes
     from morebench.training.feature_estimate import Need, check_disk
@@ -97,10 +97,16 @@ def _steps(cell: Cell) -> list[Step]:
     return [step for step in cell.config.stage.steps if step is not Step.evaluate]
 
 
-def _without_llm(config: Config) -> Config:
-    """What a cache needs built: the data and the encoder."""
+def _needed(cell: Cell) -> Config:
+    """Nothing is built but the encoder and the data of these steps."""
+    config = cell.config
     llm = replace(config.llm, weights=replace(config.llm.weights, build=None))
-    return replace(config, llm=llm, suite=replace(config.suite, tasks={}))
+    config = replace(config, llm=llm, suite=replace(config.suite, tasks={}))
+    if Step.pretrain not in _steps(cell):
+        config = replace(config, pretrain_data=replace(config.pretrain_data, build=None))
+    if Step.finetune not in _steps(cell):
+        config = replace(config, finetune_data=replace(config.finetune_data, build=None))
+    return config
 
 
 def _jobs(cells: Sequence[Cell]) -> list[_Job]:

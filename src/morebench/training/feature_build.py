@@ -181,8 +181,8 @@ class _Builder:
         if not torch.isfinite(features).all():
             (bad,) = torch.nonzero(~features.isfinite().all(-1).all(-1), as_tuple=True)
             raise NonFiniteError(
-                f"The vision encoder gave features that are not finite for {len(bad)} images, the first of them "
-                f"{self._dataset.images.names[numbers[int(bad[0])]]}. Nothing of this shard was written."
+                f"The vision encoder gave features that are not finite for {len(bad)} images, the first of "
+                f"them {self._dataset.images.names[numbers[int(bad[0])]]}. Nothing of this shard was written."
             )
         return features
 

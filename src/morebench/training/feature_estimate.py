@@ -34,8 +34,8 @@ def check_disk(needs: Sequence[Need]) -> None:
         missing, free = sum(need.total - need.there for need in together), free_bytes(place)
         if missing > free:
             problems.append(
-                f"feature caches ({len(together)}) need {size(missing)} more, but {size(free)} are free on the "
-                f"disk of {place}. Make room, set paths.cache, or set features=cached_8bit."
+                f"feature caches ({len(together)}) need {size(missing)} more, but {size(free)} are free on "
+                f"the disk of {place}. Make room, set paths.cache, or set features=cached_8bit."
             )
     if problems:
         raise DiskFullError(join_problems(problems))
@@ -92,7 +92,8 @@ def describe(
     if pace is not None:
         rate, measured = pace
         left = math.ceil(num_images * (1 - need.there / max(1, need.total)) / rate)
-        yield f"  {rate:.3g} images/s ({measured} measured on this machine): {timedelta(seconds=left)} left"
+        told = f"{rate:,.{0 if rate >= 100 else 1}f} images/s ({measured} measured on this machine)"
+        yield f"  {told}: {timedelta(seconds=left)} left"
     yield f"  {break_even(num_images, by_a_run)[1]}"
     told = ", ".join(f"{share:.0%} with {llm}" for llm, share in shares.items())
     yield (
