@@ -126,6 +126,8 @@ def packed(lengths: Sequence[int], with_image: Sequence[bool], seed: int = 0) ->
         cu_seqlens=torch.tensor([*starts, sum(lengths)], dtype=torch.int32),
         visual_positions=torch.tensor(visual, dtype=torch.int64),
         pixel_values=random_pixels(sum(with_image), 16, generator),
+        features=torch.zeros(0, 0, 0),
+        feature_scales=torch.zeros(0, 0, 0),
         target_positions=torch.tensor(targets),
         targets=ids[torch.tensor(targets) + 1],
         num_supervised=torch.tensor(len(targets)),

@@ -16,6 +16,7 @@ from morebench.config.schema import (
     AspectRatio,
     Config,
     EvaluateRecipe,
+    Features,
     ImageProcessing,
     Interpolation,
     Optimizer,
@@ -197,6 +198,7 @@ def _config(root: Path, family: str) -> Config:
         seed=0,
         unchecked_data=UncheckedData.refuse,
         max_quarantined=0.0,
+        features=Features.computed,
         parent=None,
         experiments=None,
     )

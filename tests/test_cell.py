@@ -35,6 +35,7 @@ def ids(sources, *overrides):
         ["paths.runs=/elsewhere", "paths.reports=/elsewhere"],
         ["stage=pretrain", "stage=full"],
         ["hydra.launcher.n_jobs=3"],
+        ["features=cached"],
     ],
 )
 def test_what_cannot_change_the_weights_is_not_in_the_id(sources, overrides):
@@ -49,6 +50,7 @@ def test_what_cannot_change_the_weights_is_not_in_the_id(sources, overrides):
         ("resolution=s2", Step.pretrain),
         ("pretrain_data=recap", Step.pretrain),
         ("seed=1", Step.pretrain),
+        ("features=cached_8bit", Step.pretrain),
         ("projector=linear", Step.pretrain),
         ("llm.visual_scale=sqrt_hidden", Step.pretrain),
         ("llm.weights.revision=other", Step.pretrain),

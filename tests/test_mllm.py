@@ -121,7 +121,7 @@ def test_every_trained_parameter_gets_a_gradient(kind: str, llm_is_trained: bool
         "text_only": text_only,
         "unsupervised": batch._replace(target_positions=none, targets=none),
         "empty": Batch(
-            none, none, torch.zeros(1), none, batch.pixel_values[:0], none, none, none.sum(), none
+            none, none, torch.zeros(1), none, batch.pixel_values[:0], *[none] * 4, none.sum(), none
         ),
     }[kind]
     loss = mllm(batch)

@@ -8,6 +8,7 @@ from typing import Any
 
 from morebench.config.compose import CONF_DIR, CONFIG_DIR_VARIABLE, Composed, register
 from morebench.config.overrides import check
+from morebench.config.schema import Features, Step
 from morebench.entry import fail
 from morebench.errors import EXIT_DONE, EXIT_FAILED, DataError, MorebenchError, join_problems
 
@@ -20,7 +21,6 @@ def launch_cells(job_overrides: Sequence[Sequence[str]], options: Mapping[str, A
 
 def launch(composed: Sequence[Composed], options: Mapping[str, Any]) -> int:
     """Plan the cells, run what is missing, print where everything stands; returns the exit code."""
-    from morebench.config.schema import Step
     from morebench.matrix.cell import cells_of
     from morebench.matrix.launch import launch_local
     from morebench.matrix.plan import make_plan
@@ -33,6 +33,10 @@ def launch(composed: Sequence[Composed], options: Mapping[str, Any]) -> int:
     reads_data = [run.cell.config for run in plan.todo() if run.step is not Step.evaluate]
     if problems := [*plan.missing_sources, *plan.unusable_data, *changed_data(reads_data)]:
         raise DataError(join_problems(problems))
+    if any(cell.config.features is not Features.computed for cell in cells):
+        from morebench.matrix.features import check_features
+
+        check_features(plan)
     print_plan(plan, sys.stderr)
     outcomes = launch_local(plan, options.get("n_jobs"))
     print_outcomes(plan, outcomes, sys.stderr)

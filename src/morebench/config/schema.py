@@ -75,6 +75,14 @@ class UncheckedData(Enum):
     check = "check"  # first, and then go on
 
 
+class Features(Enum):
+    """Where the vision features of train steps come from (morebench.training.features)."""
+
+    computed = "computed"  # by the vision encoder, in every step
+    cached = "cached"  # from files, as the encoder gave them
+    cached_8bit = "cached_8bit"  # from files of half the size, rounded: another run id
+
+
 class Profile(Enum):
     """Which scorers and prompts: the paper's harness, or lmms-eval 0.7.3."""
 
@@ -277,6 +285,7 @@ class Config:
     seed: int = bounded(0, 2**32 - 1)
     unchecked_data: UncheckedData
     max_quarantined: float = bounded(0, 1)  # share of a data set's records; above it no cell is trained
+    features: Features
     parent: str | None  # run id or folder to start from instead of this cell's own previous step
     experiments: str | None  # files in experiments/ (-m experiments=a,b); in a cell, the one it comes from
 

@@ -2,8 +2,9 @@
 
     python -m morebench.data build ...     a pre-training subset of LAION or Recap-DataComp-1B
     python -m morebench.data check ...     every record and image of training data, once
+    python -m morebench.data cache ...     the features of a vision encoder, for runs with features=cached
 
-`python -m morebench.data build --help` explains it.
+`python -m morebench.data build --help` explains it; so for the others.
 """
 
 import difflib
@@ -17,6 +18,7 @@ from morebench.errors import EXIT_USER
 SUB_VERBS = {
     "build": "morebench.data.build",
     "check": "morebench.check_data",
+    "cache": "morebench.cache_features",
 }  # module with `command` and its help as docstring
 
 

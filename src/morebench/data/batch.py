@@ -20,6 +20,8 @@ class Batch(NamedTuple):  # not a dataclass: Lightning cannot move a frozen one 
     cu_seqlens: Tensor  # int32 [N + 1]; sample n is cu_seqlens[n]:cu_seqlens[n + 1]
     visual_positions: Tensor  # int64 [I * V]; in the order of pixel_values
     pixel_values: Tensor  # uint8 [I, H, W, 3]
+    features: Tensor  # [I, V, C]; of a cache, and then there are no pixel_values; int8 or the encoder's dtype
+    feature_scales: Tensor  # float32 [I, V, G]; G is 0 but for int8
     target_positions: Tensor  # int64 [S]; where a supervised token is predicted, one before it
     targets: Tensor  # int64 [S]
     num_supervised: Tensor  # int64 []; of the whole global batch: the denominator of the loss
@@ -32,8 +34,12 @@ def collate(
     sample_ids: Sequence[int],
     num_supervised_global: int,
     image_size: int,
+    features: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Batch:
-    """`pixel_values` are uint8 [H, W, 3], those of the first sample first. All may be empty."""
+    """`pixel_values` are uint8 [H, W, 3], those of the first sample first. All may be empty.
+
+    `features` and their scales (`FeatureCache.read`) are there instead of pixels, in the same order.
+    """
     lengths = np.array([len(sample.input_ids) for sample in encoded], dtype=np.int64)
     cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     input_ids = _join([sample.input_ids for sample in encoded], np.int64)
@@ -48,6 +54,8 @@ def collate(
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         visual_positions=torch.from_numpy(np.flatnonzero(visual_mask)),
         pixel_values=torch.from_numpy(images),
+        features=torch.stack([values for values, _ in features]) if features else torch.zeros(0, 0, 0),
+        feature_scales=torch.stack([scales for _, scales in features]) if features else torch.zeros(0, 0, 0),
         target_positions=torch.from_numpy(target_positions),
         targets=torch.from_numpy(input_ids[target_positions + 1]),
         num_supervised=torch.tensor(num_supervised_global),

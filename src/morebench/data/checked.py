@@ -81,20 +81,25 @@ class CheckedData:
         return self.manifest.content_hash
 
     def read_images(self, number: int) -> list[bytes]:
-        """The files of a sample, byte for byte those that were checked. Raises DataError."""
-        sample, contents = self.samples[number], []
-        for name, image in zip(sample.images, self.samples.image_numbers(number), strict=True):
-            try:
-                content = read_image(self.images.path(name))
-            except DataError as error:
-                raise DataError(f"record id {sample.id!r}: image {name}: {error}") from None
-            if sha256(content).digest() != self._digests[image].as_py():
-                raise DataError(
-                    f"record id {sample.id!r}: image {name} is not the file that was checked. "
-                    "Run `python -m morebench.data check` again."
-                )
-            contents.append(content)
-        return contents
+        """The files of a sample. Raises DataError."""
+        sample = self.samples[number]
+        try:
+            numbers = self.samples.image_numbers(number)
+            return [self.read_image(name, one) for name, one in zip(sample.images, numbers, strict=True)]
+        except DataError as error:
+            raise DataError(f"record id {sample.id!r}: {error}") from None
+
+    def read_image(self, name: str, number: int) -> bytes:
+        """Image `number` of `samples.image_names()`, byte for byte the file that was checked."""
+        try:
+            content = read_image(self.images.path(name))
+        except DataError as error:
+            raise DataError(f"image {name}: {error}") from None
+        if sha256(content).digest() != self._digests[number].as_py():
+            raise DataError(
+                f"image {name} is not the file that was checked. Run `python -m morebench.data check` again."
+            )
+        return content
 
     def changed_images(self) -> list[str]:
         """Usable images whose file has not the size and time that it had when it was checked."""

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from morebench.data.batch import Batch, collate
 from morebench.data.chat import ChatFormat
 from morebench.data.checked import CheckedData
+from morebench.data.features import FeatureCache
 from morebench.data.images import ImageProcessor, decode_image
 from morebench.data.packing import BatchPlan
 from morebench.errors import DataError, WorkerError
@@ -33,6 +34,7 @@ class MicroBatches(Dataset[Batch]):
     num_visual_tokens: int
     max_length: int
     rank: int
+    features: FeatureCache | None = None  # read in place of pixels
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.plan.micro_batches
@@ -44,12 +46,14 @@ class MicroBatches(Dataset[Batch]):
     def micro_batch(self, step: int, ids: Sequence[int]) -> Batch:
         """Of these samples of the global batch of `step`."""
         samples = [self.data.samples[number] for number in ids]
+        cache = self.features
         return collate(
             [self.chat.encode(s, self.tokenizer, self.num_visual_tokens, self.max_length) for s in samples],
-            [pixels for number in ids for pixels in self.pixels(number)],
+            [] if cache else [pixels for number in ids for pixels in self.pixels(number)],
             ids,
             self.plan.supervised_tokens(step),
             self.processor.image_size,
+            [found for number in ids for found in cache.of_sample(number)] if cache else (),
         )
 
     def pixels(self, number: int) -> list[np.ndarray]:

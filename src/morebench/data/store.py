@@ -100,6 +100,20 @@ class RecordStore(Sequence[Sample]):
         starts, numbers = self._image_numbers
         return numbers[starts[row] : starts[row + 1]].tolist()
 
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [N + 1] and int32 [M]: sample n shows images `second[first[n] : first[n + 1]]`.
+
+        Numbers are places in `image_names()`.
+        """
+        starts, numbers = self._image_numbers
+        if self.rows is None:
+            return starts, numbers
+        counts = np.diff(starts)[self.rows]
+        kept = np.zeros(len(starts) - 1, np.bool_)
+        kept[self.rows] = True
+        of_kept = numbers[np.repeat(kept, np.diff(starts))]
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), of_kept
+
     def rows_with_image(self, names: Sequence[str]) -> list[int]:
         """Numbers of the samples (of all rows) that show one of these images."""
         images = self._column("images").combine_chunks()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from morebench.config.compose import Composed, load_chat_format, load_shape
-from morebench.config.schema import AXES, Config, Step
+from morebench.config.schema import AXES, Config, Features, Step
 from morebench.errors import ConfigError, join_problems
 from morebench.matrix.identity import digest, identity
 from morebench.matrix.parent import Parent, find_run, start_from
@@ -120,4 +120,6 @@ def _own(cell: Cell, step: Step, sources: Sources) -> dict[str, Any]:
         "recipe": identity(recipe),
         "chat": load_chat_format(recipe.chat_format or config.llm.chat_format),
         "data": sources.data(group, cell.choices.get(group, "..."), config),
+        # computed and cached features are the same, and so are the ids of their runs
+        **({"features": "8bit"} if config.features is Features.cached_8bit else {}),
     }

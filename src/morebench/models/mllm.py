@@ -1,15 +1,13 @@
 """The whole: vision encoder, projector and LLM on one packed batch, down to the loss."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor, nn
-from torch.amp.autocast_mode import is_autocast_available
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from morebench.data.batch import Batch
+from morebench.models.features import encode, from_8bit
 from morebench.models.normalise import Normalise
 from morebench.models.projector import MLPProjector
 from morebench.models.vision import VisionEncoder
@@ -65,9 +63,10 @@ class MLLM(nn.Module):
 
     def encode_images(self, pixels_IHW3: Tensor) -> Tensor:
         """uint8 -> visual tokens `[I, V, D]`, ready for `embed`."""
-        with torch.no_grad(), _without_autocast(pixels_IHW3.device):
-            dtype = next(self.get_submodule("vision").parameters()).dtype
-            features_IVC = self.vision(self.normalise(pixels_IHW3).to(dtype))
+        return self.project(encode(self.normalise, self.vision, pixels_IHW3))
+
+    def project(self, features_IVC: Tensor) -> Tensor:
+        """-> visual tokens `[I, V, D]`, ready for `embed`."""
         visual_IVD = self.projector(features_IVC.to(self._projector_dtype()))
         return visual_IVD * self.visual_scale
 
@@ -89,12 +88,21 @@ class MLLM(nn.Module):
 
     def _embed_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The embeddings, and a zero that carries the projector's gradient path when no image does."""
-        if len(batch.pixel_values) > 0:
-            visual_IVD = self.encode_images(batch.pixel_values)
+        visual_IVD = self._visual(batch)
+        if visual_IVD is not None:
             return self.embed(batch.input_ids, batch.visual_positions, visual_IVD), visual_IVD.new_zeros(())
         embeds_TD = self.llm.get_input_embeddings()(batch.input_ids)
         feature_1C = torch.zeros(1, self.projector.vision_dim, device=embeds_TD.device)
         return embeds_TD, 0.0 * self.projector(feature_1C.to(self._projector_dtype())).sum().float()
+
+    def _visual(self, batch: Batch) -> Tensor | None:
+        if len(batch.pixel_values) > 0:
+            return self.encode_images(batch.pixel_values)
+        if len(batch.features) == 0:
+            return None
+        if batch.feature_scales.numel() > 0:
+            return self.project(from_8bit(batch.features, batch.feature_scales))
+        return self.project(batch.features)
 
     def _loss_sum(self, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
         size = max(1, _LOGITS_PER_CHUNK // self.llm.config.vocab_size)
@@ -110,9 +118,3 @@ class MLLM(nn.Module):
 
     def _projector_dtype(self) -> torch.dtype:
         return next(self.projector.parameters()).dtype
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()  # the meta device has none

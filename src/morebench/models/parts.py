@@ -14,6 +14,7 @@ from morebench.config.compose import build, load_shape
 from morebench.config.schema import Config, Part, Precision, VisualScale
 from morebench.config.visual import vision_problems
 from morebench.errors import ConfigError, WeightsError, join_problems
+from morebench.models.features import AbsentEncoder
 from morebench.models.llm import load_llm
 from morebench.models.mllm import MLLM
 from morebench.models.multiscale import MultiScale
@@ -27,19 +28,20 @@ def build_mllm(
     weights: Mapping[Part, Path | None],
     precision: Precision,
     trainable: Collection[Part] = (),
+    with_vision: bool = True,
 ) -> MLLM:
     """The cell's model, with everything but `trainable` frozen.
 
     `weights` of a part: a folder of starting weights, a file that `save_parts` wrote, or None (the
     projector's seeded start; random weights of the shape otherwise). Trained parts are fp32; frozen ones are
-    bf16 if `precision` is.
+    bf16 if `precision` is. Without vision, features come from a cache.
     """
     folders = {part: path if path is not None and path.is_dir() else None for part, path in weights.items()}
 
     def dtype(part: Part) -> torch.dtype:
         return torch.float32 if part in trainable or precision is Precision.fp32 else torch.bfloat16
 
-    encoder = build_encoder(config, folders.get(Part.vision))
+    encoder = build_encoder(config, folders.get(Part.vision)) if with_vision else _absent_encoder(config)
     llm = load_llm(config.llm, folders.get(Part.llm), dtype(Part.llm))
     llm_dim: int = llm.config.hidden_size
     projector = MLPProjector(encoder.feature_dim, llm_dim, config.projector.depth)
@@ -49,7 +51,7 @@ def build_mllm(
     mllm = MLLM(Normalise(config.vision.image), encoder, projector, llm, scale)
     for part in Part:
         path = weights.get(part)
-        if path is not None and not path.is_dir():
+        if path is not None and not path.is_dir() and (with_vision or part is not Part.vision):
             load_part(mllm, part, path)
         module(mllm, part).to(dtype(part))
     freeze_all_but(mllm, trainable)
@@ -66,6 +68,11 @@ def build_encoder(config: Config, folder: Path | None) -> VisionEncoder:
         raise ConfigError(join_problems(problems))
     encoder = build(config.vision.encoder, shape=shape, weights=folder, feature_layer=layer)
     return encoder if config.resolution.scales == [1] else MultiScale(encoder, config.resolution.scales)
+
+
+def _absent_encoder(config: Config) -> AbsentEncoder:
+    with torch.device("meta"):
+        return AbsentEncoder(build_encoder(config, None))
 
 
 def module(mllm: MLLM, part: Part) -> nn.Module:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from morebench.config.schema import Trainer
+from morebench.config.schema import Config, Features, Trainer
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Machine:
     world_size: int
     micro_batch_tokens: int
     asked_threads: int | None
+    features: str = Features.computed.name  # checkpoints that do not say computed theirs
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Choices:
         return cls(**{**facts, "machine": Machine(**facts["machine"])})
 
 
-def this_machine(config: Trainer, device: str, world_size: int) -> Machine:
-    return Machine(device, world_size, config.micro_batch_tokens, config.threads)
+def this_machine(config: Config, device: str, world_size: int) -> Machine:
+    trainer = config.trainer
+    return Machine(device, world_size, trainer.micro_batch_tokens, trainer.threads, config.features.name)
 
 
 def threads_for(config: Trainer) -> int:

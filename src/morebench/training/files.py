@@ -18,16 +18,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def disk_full_named(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into DiskFullError."""
+def disk_full_named(path: Path, kept: str = "The last good checkpoint is kept") -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into DiskFullError. `kept`: what is not lost."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         # safetensors (Rust) reports the number in its text only
         if getattr(error, "errno", None) in _FULL or any(f"os error {code}" in str(error) for code in _FULL):
             raise DiskFullError(
-                f"No space left while writing {path}. The last good checkpoint is kept: free some space, "
-                "then start again to continue from it."
+                f"No space left while writing {path}. {kept}: free some space, then start again to "
+                "continue from it."
             ) from error
         raise
 

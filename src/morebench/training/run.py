@@ -71,13 +71,13 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
 
 def _choose(stage: Stage, trainer: LightningTrainer, checkpoint: Checkpoint | None) -> tuple[Choices, bool]:
     """The choices, and whether they are those the checkpoint was made with."""
-    config = stage.config.trainer
+    config = stage.config
     machine = this_machine(config, trainer.strategy.root_device.type, trainer.world_size)
     kept = Choices.from_facts(checkpoint.facts["choices"]) if checkpoint is not None else None
     if kept is not None and kept.machine == machine:
         return kept, True
     micro_batches = stage.micro_batches(machine.world_size, machine.micro_batch_tokens)
-    chosen = Choices(machine, micro_batches, threads_for(config))
+    chosen = Choices(machine, micro_batches, threads_for(config.trainer))
     if kept is None:
         return chosen, True
     _say(f"This run began on {kept.machine} and goes on on {machine}: not bit-exact from here on.")

@@ -14,6 +14,7 @@ from morebench.config.schema import Config, Part, Step, TrainingData, TrainRecip
 from morebench.data.chat import ChatFormat
 from morebench.data.checked import CheckedData, changed_images_problem, open_checked
 from morebench.data.datamodule import MicroBatches
+from morebench.data.features import FeatureCache
 from morebench.data.images import ImageProcessor
 from morebench.data.index import LengthIndex, index_of
 from morebench.data.packing import BatchPlan, micro_batches_for
@@ -25,6 +26,7 @@ from morebench.models.mllm import MLLM
 from morebench.models.parts import build_mllm
 from morebench.models.rope import check_max_length
 from morebench.models.weights import folder_hash, starting_weights
+from morebench.training.features import open_features
 from morebench.training.files import sha256
 
 _BYTES_PER_PIXEL = 6  # as the workers make them, and in the encoder's bf16
@@ -39,6 +41,7 @@ class Stage:
     tokenizer: PreTrainedTokenizerFast
     chat: ChatFormat
     mllm: MLLM
+    features: FeatureCache | None = None  # where they are not computed
 
     @cached_property
     def index(self) -> LengthIndex:
@@ -88,6 +91,7 @@ class Stage:
             num_visual_tokens=self.mllm.vision.num_visual_tokens,
             max_length=self.recipe.max_length,
             rank=rank,
+            features=self.features,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -103,6 +107,10 @@ class Stage:
                 "tokens": int(self.index.lengths.sum(dtype="int64")),
             },
             "quarantined": self.data.manifest.num_quarantined,
+            "features": {
+                "from": self.config.features.name,
+                "cache": None if self.features is None else self.features.folder.name,
+            },
             "truncated": self.index.truncated,
             "unsupervised": self.index.unsupervised,
             "weights": {
@@ -142,6 +150,7 @@ def make_stage(config: Config, step: Step, parents: Mapping[Step, Path], is_firs
     if is_first and (changed := checked.changed_images()):
         raise DataError(changed_images_problem(data, changed))
     weights = starting_weights(config)
+    features = open_features(config, step, recipe, checked, weights[Part.vision])
     if step is Step.finetune:
         weights[Part.projector] = parents[Step.pretrain] / f"{Part.projector.name}.safetensors"
     tokenizer = load_tokenizer(config.llm, weights[Part.llm])
@@ -154,7 +163,8 @@ def make_stage(config: Config, step: Step, parents: Mapping[Step, Path], is_firs
         weights=weights,
         tokenizer=tokenizer,
         chat=_chat_format(config, step),
-        mllm=build_mllm(config, weights, recipe.precision, recipe.trainable),
+        mllm=build_mllm(config, weights, recipe.precision, recipe.trainable, with_vision=features is None),
+        features=features,
     )
 
 
