@@ -286,6 +286,8 @@ def test_the_key_follows_whatever_changes_a_feature(config: Config, tmp_path: Pa
     save_file({k: v + 1 for k, v in tensors.items()}, next(other_weights.glob("*.safetensors")))
     shutil.copytree(config.paths.data, other_data)
     shutil.copyfile(other_data / "toy/images/1.png", other_data / "toy/images/2.png")
+    elsewhere = replace(config.paths, data=str(other_data), checks=str(tmp_path / "checks"))
+    check_data(config.pretrain_data, elsewhere, 1, lambda text: None)
     different = [
         config,
         with_changes(config, scales=[1, 2]),
@@ -295,7 +297,7 @@ def test_the_key_follows_whatever_changes_a_feature(config: Config, tmp_path: Pa
         replace(config, vision=replace(vision, feature_layer=-1)),
         replace(config, vision=replace(vision, image=replace(image, mean=[0.1, 0.2, 0.3]))),
         replace(config, vision=replace(vision, weights=replace(vision.weights, folder=str(other_weights)))),
-        replace(config, paths=replace(config.paths, data=str(other_data))),
+        replace(config, paths=elsewhere),
     ]
     assert len({digest(changed) for changed in same}) == 1
     assert len({digest(changed) for changed in different}) == len(different)
