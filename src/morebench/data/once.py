@@ -1,7 +1,8 @@
 """What many processes of a cluster want at the same time is made by one of them; the others wait for it.
 
-The lock only saves work: making twice is harmless, because what is made replaces a file as a whole. No file times
-and no flock, which lie on shared file systems: a maker counts in its lock, and one that stopped counting is dead.
+The lock only saves work: making twice is harmless, because what is made replaces a file as a whole. No file
+times and no flock, which lie on shared file systems: a maker counts in its lock, and one that stops counting
+is dead.
 """
 
 import os
