@@ -136,6 +136,27 @@ def test_a_mended_image_is_noticed(tmp_path: Path):
     assert look(tmp_path).content_hash == whole.content_hash
 
 
+def test_bad_records_are_all_named(tmp_path: Path):
+    write_data(tmp_path, [record(i, conversations=[]) if i % 2 else record(i) for i in range(100)])
+    with pytest.raises(DataError) as caught:
+        look(tmp_path)
+    message = str(caught.value)
+    assert "50 of 100 records" in message
+    assert "record 3 (id 'r3')" in message
+    assert "30 more of this kind" in message
+
+
+@pytest.mark.parametrize("policy", [ERROR, QUARANTINE])
+def test_links_out_of_the_image_folder_must_be_allowed(tmp_path: Path, policy: ImagePolicy):
+    images = write(tmp_path)
+    shutil.move(images / "1.png", tmp_path / "1.png")
+    (images / "1.png").symlink_to(tmp_path / "1.png")
+    with pytest.raises(DataError, match=rf"record 1 \(id 'r1'\): image .* allowed_links=\[{tmp_path}\]"):
+        look(tmp_path, policy)
+    data = replace(toy_data(), allowed_links=[str(tmp_path)])
+    assert len(open_data(data, paths_below(tmp_path), policy).samples) == 5
+
+
 def test_nothing_left_after_quarantine(tmp_path: Path):
     write_data(tmp_path, [record(0, "gone.png")])
     with pytest.raises(DataError, match="all samples are quarantined"):
