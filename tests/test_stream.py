@@ -218,7 +218,7 @@ def test_a_long_scalar_and_one_the_file_ends_in():
     assert [element.value for element in found] == [1, None, 2]
     for tail in (b"7" * 5000, b'"' + b"x" * 5000, b"[" + b"1," * 5000, b'"' + b"\\" * 5001):
         with pytest.raises(
-            DataError, match="the end of the file at byte|ends in the record that begins at byte 4"
+            DataError, match=r"the end of the file at byte|ends in the record that begins at byte 4"
         ):
             streamed(b"[1, " + tail, 64, 1000)
 

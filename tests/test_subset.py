@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -449,3 +450,16 @@ def test_the_command_as_typed(tmp_path: Path, door: list[str]) -> None:
     wrong = typed("biuld")
     assert wrong.returncode == 2
     assert "Did you mean build?" in wrong.stderr
+
+
+def test_links_out_of_the_image_folder_are_followed_only_where_allowed(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "in" / "0.parquet", pairs(8), tmp_path / "files")
+    (tmp_path / "files").rename(tmp_path / "elsewhere")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "00000").symlink_to(tmp_path / "elsewhere" / "00000")
+    given = source(tmp_path / "in", tmp_path / "files")
+    with pytest.raises(DataError, match="8 image path, or a link on it, leads outside"):
+        built(tmp_path / "out", given, n=8)
+    allowed = replace(given, allowed_links=(str(tmp_path / "elsewhere"),))
+    built(tmp_path / "out", allowed, n=8)
+    assert len(ids(tmp_path / "out")) == 8

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from morebench.data.findings import Finding, Kind, SampleError, printable
 from morebench.data.stream import Readable, stream_list
@@ -25,8 +25,7 @@ class Sample:
     turns: tuple[Turn, ...]
 
 
-@dataclass(frozen=True)
-class Parsed:
+class Parsed(NamedTuple):
     sample: Sample
     record: int  # number in the file, from 0
     offset: int  # of its first byte in the file
@@ -129,6 +128,8 @@ def _parse_turns(raw: Mapping[Any, Any]) -> tuple[Turn, ...]:
 
 
 def _check_text(text: str, where: str) -> None:
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:  # "\ud83d" is valid JSON, but alone it is no text

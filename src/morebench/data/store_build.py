@@ -100,8 +100,8 @@ def _sample_row(parsed: Parsed) -> tuple[tuple[Any, ...], int]:
     sample = parsed.sample
     questions = [turn.question for turn in sample.turns]
     answers = [turn.answer for turn in sample.turns]
-    texts = [sample.id, *sample.images, *questions, *answers]
     row = (sample.id, sample.images, questions, answers, parsed.record, parsed.offset)
+    texts = (sample.id, *sample.images, *questions, *answers)
     return row, sum(map(len, texts))
 
 

@@ -5,9 +5,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from morebench.data.findings import printable
 from morebench.data.nesting import MAX_DEPTH, Skipper, is_too_deep
@@ -15,7 +14,7 @@ from morebench.errors import DataError
 
 CHUNK = 1 << 20  # bytes read at once; doubled until an element is whole
 MAX_ELEMENT = 16 << 20  # characters; no record of a conversation comes near
-_SPACE = re.compile(r"[ \t\n\r]*+")
+_NO_SPACE = re.compile(r"[^ \t\n\r]")
 # What is no JSON yet may become it when it goes on; but for texts "-Infinity" is the longest such piece.
 _PIECE = 16
 
@@ -24,8 +23,7 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-@dataclass(frozen=True)
-class Element:
+class Element(NamedTuple):
     offset: int  # of its first byte in the file
     value: Any  # None where the problem is its size or depth
     problem: str | None  # it is JSON, but none that can be used
@@ -87,19 +85,20 @@ class _Window:
     def peek(self) -> str | None:
         """The next character that is no white space; None at the end of the file."""
         while True:
-            space = _SPACE.match(self._text, self._at)
-            if space is not None:  # always: no space is a match
-                self._offset += space.end() - self._at
-                self._at = space.end()
-            if self._at < len(self._text):
-                return self._text[self._at]
+            found = _NO_SPACE.search(self._text, self._at)
+            end = len(self._text) if found is None else found.start()
+            self._offset += end - self._at
+            self._at = end
+            if found is not None:
+                return found[0]
             if self._ended:
                 return None
             self._read()
 
     def skip(self, characters: int) -> None:
         """Of what was peeked at."""
-        self._offset += len(_encoded(self._text[self._at : self._at + characters]))
+        passed = self._text[self._at : self._at + characters]
+        self._offset += len(passed) if passed.isascii() else len(_encoded(passed))
         self._at += characters
 
     def element(self) -> Element:
@@ -138,7 +137,7 @@ class _Window:
         raw = self._text[self._at : end]
         offset, problem = self._offset, self._flaw
         try:
-            num_bytes = len(raw.encode())
+            num_bytes = len(raw) if raw.isascii() else len(raw.encode())
         except UnicodeEncodeError as error:
             num_bytes = len(_encoded(raw))
             at = offset + len(_encoded(raw[: error.start]))
