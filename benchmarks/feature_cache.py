@@ -1,10 +1,10 @@
 """What a feature cache saves: the step of a tiny S2 cell, and images of a real encoder at S2.
 
-    python benchmarks/feature_cache.py [choice=clip] [device=cpu]     # two minutes on two cores, 5 GB of memory
+    python benchmarks/feature_cache.py [choice=clip] [device=cpu]   # some minutes on two cores, 5 GB
 
 Random weights, images of 30 to 73 pixels. The steps of both cells are taken in turns. Reading is from
-files that were dropped from the page cache, with their checksums. bf16 on a GPU, else fp32. Last, what 8 bits cost
-in accuracy.
+files that were dropped from the page cache, with their checksums. bf16 on a GPU, else fp32. Last, what 8 bits
+cost in accuracy.
 """
 
 import os
@@ -51,7 +51,8 @@ def tiny_steps(config: Config, root: Path) -> Iterator[str]:
         for name, stage in stages.items():
             seconds[name].append(step(stage))
     took = {name: median(times[1:]) for name, times in seconds.items()}
-    yield f"tiny CLIP at S2, pretrain step of 16 samples: {took['computed']:.3f} s, cached {took['cached']:.3f} s"
+    both = f"{took['computed']:.3f} s, cached {took['cached']:.3f} s"
+    yield f"tiny CLIP at S2, pretrain step of 16 samples: {both}"
 
 
 def step(stage: Stage) -> float:

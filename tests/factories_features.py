@@ -16,7 +16,8 @@ from morebench.config.schema import AspectRatio, Config, Features, Part, Resolut
 from morebench.data.features import ImageNumbers
 from morebench.matrix.features import cache_of_step
 from morebench.models.parts import save_parts
-from morebench.training.feature_build import Encode, build_cache, images_per_call, make_encoder
+from morebench.training.feature_build import build_cache
+from morebench.training.feature_encoder import Encode, images_per_call, make_encoder
 from morebench.training.features import CacheOf
 from morebench.training.signals import StopRequest
 from morebench.training.stage import Stage, make_stage, recipe_of

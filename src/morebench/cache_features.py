@@ -34,7 +34,7 @@ from morebench.prepare import prepare
 
 if TYPE_CHECKING:  # torch takes a second, and --help needs none
     from morebench.data.features import ImageNumbers
-    from morebench.training.feature_build import Encode, ImageGroups
+    from morebench.training.feature_encoder import Encode, ImageGroups
     from morebench.training.feature_estimate import Need
     from morebench.training.features import CacheOf
 
@@ -136,7 +136,7 @@ def _jobs(cells: Sequence[Cell]) -> list[_Job]:
 
 def _estimate(job: _Job, need: "Need") -> Iterator[str]:
     from morebench.conformance.cell import PRICED
-    from morebench.training.feature_build import images_per_call, images_per_second
+    from morebench.training.feature_encoder import images_per_call, images_per_second
     from morebench.training.feature_estimate import describe, encoded_by_a_run, vision_share
     from morebench.training.stage import recipe_of
 
@@ -153,7 +153,7 @@ def _estimate(job: _Job, need: "Need") -> Iterator[str]:
 
 
 def _encoder(job: _Job) -> tuple["ImageGroups", "Encode"]:
-    from morebench.training.feature_build import make_encoder
+    from morebench.training.feature_encoder import make_encoder
     from morebench.training.stage import recipe_of
 
     aspect_ratio = recipe_of(job.config, job.step)[0].image_aspect_ratio
@@ -161,7 +161,8 @@ def _encoder(job: _Job) -> tuple["ImageGroups", "Encode"]:
 
 
 def _build(job: _Job) -> None:
-    from morebench.training.feature_build import build_cache, images_per_call
+    from morebench.training.feature_build import build_cache
+    from morebench.training.feature_encoder import images_per_call
     from morebench.training.signals import StopRequest
 
     job.cache.folder.mkdir(parents=True, exist_ok=True)
