@@ -23,7 +23,7 @@ def here(world: Path, tmp_path: Path) -> list[str]:
     """One cell of the shared world with a cache folder of its own; the parts are linked."""
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "parts").symlink_to(world / "cache" / "parts")
-    return [*ONE, f"paths.root={tmp_path}", f"paths.data={world}/data"]
+    return [*ONE, f"paths.root={tmp_path}", f"paths.data={world}/data", f"paths.checks={world}/checks"]
 
 
 def caches(tmp_path: Path) -> list[str]:

@@ -25,7 +25,6 @@ from morebench.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[3]
 CONF_DIR = ROOT / "conf"
 EXPERIMENTS_DIR = ROOT / "experiments"
-_OLDER = {"features": "computed"}  # what runs did whose config.yaml is older than the key
 CONFIG_DIR_VARIABLE = "MOREBENCH_CONFIG_DIR"  # in the environment, so that worker processes know it too
 
 
@@ -187,7 +186,7 @@ def save_config(config: Config, path: Path) -> None:
 def load_config(path: Path) -> Config:
     """What `save_config` wrote; relative folders of weights are relative to `path`."""
     try:
-        config = to_config(OmegaConf.merge(_OLDER, OmegaConf.load(path)))
+        config = to_config(OmegaConf.load(path))
     except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
         raise ConfigError(f"{path} is not a config this version wrote: {reason(error)}") from error
     return _place_weights(config, lambda folder: Path(os.path.normpath(path.absolute().parent / folder)))

@@ -226,8 +226,14 @@ def _one_by_one(work: Callable[[str], Look], names: Sequence[str]) -> Iterator[l
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """The parent alone acts on Ctrl-C. Not forked: a fork would inherit locked threads."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    """Not forked: a fork would inherit locked threads."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), _start)
+
+
+def _start() -> None:
+    """The parent alone acts on Ctrl-C and speaks: libtiff writes to stderr about every damaged file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _look_at_chunk(work: Callable[[str], Look], names: Sequence[str]) -> list[Look]:
