@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,15 +49,18 @@ def check_data(
     folder = Path(paths.data) / data.folder
     _check_folder(folder, data)
     also = _also(data)
-    records_path, images_root = folder / data.records, folder / data.images
-    stat = records_path.stat() if records_path.exists() else None
+    records_path = folder / data.records
+    records = {"size": -1, "mtime_ns": -1}
+    if records_path.exists():  # else the next line says so
+        records = {"size": records_path.stat().st_size, "mtime_ns": records_path.stat().st_mtime_ns}
     store = open_records(records_path, Path(paths.cache), say)
     names = store.image_names()
-    if names and not images_root.is_dir():
+    if names and not (folder / data.images).is_dir():
         raise DataError(
-            f"{images_root}: no such folder; expected the {len(names):,} images that {records_path} names."
+            f"{folder / data.images}: no such folder; expected the {len(names):,} images that "
+            f"{records_path} names."
         )
-    images = ImageFolder(images_root, data.allowed_links)
+    images = ImageFolder(folder / data.images, data.allowed_links)
     out = checked.check_folder(data, paths)
     out.mkdir(parents=True, exist_ok=True)
     (out / checked.MANIFEST).unlink(missing_ok=True)  # from here on, what lies there is in the making
@@ -67,13 +71,12 @@ def check_data(
     quarantine = _lines(bad)
     checked.write_aside(out / checked.QUARANTINE, quarantine)
     checked.write_aside(out / checked.FINDINGS, _lines(kept))
-    records = [finding.record for finding in bad]
-    samples = checked.without(store, records)
-    assert stat is not None
+    numbers = [finding.record for finding in bad]
+    samples = checked.without(store, numbers)
     manifest = Manifest(
         version=checked.VERSION,
         label=data.label,
-        records={"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": store.sha256},
+        records={**records, "sha256": store.sha256},
         also_quarantine=sorted(data.also_quarantine),
         num_records=store.num_records,
         num_samples=len(samples),
@@ -81,23 +84,31 @@ def check_data(
         image_bytes=int(np.maximum(table.column("size").to_numpy(), 0).sum()),
         quarantined=_counted(finding.kind for finding in bad),
         kept=kept_counts,
-        content_hash=checked.content_hash(store.sha256, names, _digests(table), records),
+        content_hash=checked.content_hash(store.sha256, names, _digests(table), numbers),
         quarantine_sha256=sha256(quarantine.encode()).hexdigest(),
         checked=datetime.now(UTC).isoformat(timespec="seconds"),
         characters=character_facts(samples),
     )
-    data_there = CheckedData(samples, images, out, manifest)
+    tokens, problems = _measured(CheckedData(samples, images, out, manifest), measures or {})
+    manifest = replace(manifest, tokens=tokens)
+    pictures.draw_lengths(manifest, out / pictures.LENGTHS)
+    suspicious = [finding for finding in [*bad, *kept] if finding.image is not None]
+    pictures.draw_suspicious(suspicious, images, out / pictures.SUSPICIOUS)
+    checked.write_manifest(manifest, out)
+    return Checked(CheckedData(samples, images, out, manifest), num_looked_at, problems)
+
+
+def _measured(
+    data: CheckedData, measures: Mapping[str, Measure]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Facts of the token lengths, and why some could not be measured."""
     facts, problems = {}, []
-    for name, measure in (measures or {}).items() if len(samples) else ():
+    for name, measure in measures.items() if len(data.samples) else ():
         try:
-            facts[name] = token_facts(measure(data_there))
+            facts[name] = token_facts(measure(data))
         except DataError as error:
             problems.append(f"{name}: {error}")
-    manifest = replace(manifest, tokens=facts)
-    pictures.draw_lengths(manifest, out / pictures.LENGTHS)
-    pictures.draw_suspicious(_suspicious(bad, kept), images, out / pictures.SUSPICIOUS)
-    checked.write_manifest(manifest, out)
-    return Checked(replace(data_there, manifest=manifest), num_looked_at, problems)
+    return facts, problems
 
 
 def _check_folder(folder: Path, data: TrainingData) -> None:
@@ -186,7 +197,3 @@ def _counted(kinds: Iterable[Kind]) -> dict[str, int]:
 
 def _lines(findings: Iterable[Finding]) -> str:
     return "".join(json.dumps(asdict(finding) | {"kind": finding.kind.name}) + "\n" for finding in findings)
-
-
-def _suspicious(bad: Sequence[Finding], kept: Sequence[Finding]) -> list[Finding]:
-    return [finding for finding in [*bad, *kept] if finding.image is not None]
