@@ -3,7 +3,8 @@
     python benchmarks/stand_in.py OUT --scale 0.01
     python benchmarks/token_lengths.py OUT/llava_instruct/llava_v1_5_mix665k.json
 
-The tokenizer is a byte-level BPE with Llama-3's control tokens, trained on the records' own text.
+The tokenizer is a byte-level BPE with Llama-3's control tokens, trained on the records' own text. With --save
+it stands in for the published one: `python -m morebench.data check llm=llama31_8b` counts with it.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from morebench.config.compose import load_chat_format
 from morebench.data.chat import ChatFormat
 from morebench.data.index import build_index
-from morebench.data.records import Sample, iter_records
+from morebench.data.records import Parsed, Sample, iter_records
 
 CONTROL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CONTROL += ["<|eom_id|>", "<|finetune_right_pad_id|>"]
@@ -33,10 +34,14 @@ def main() -> None:
     )
     parser.add_argument("records", type=Path)
     parser.add_argument("--num-visual-tokens", type=int, default=576)
+    parser.add_argument("--save", type=Path, help="folder for the tokenizer, e.g. weights/<hub id>")
     chosen = parser.parse_args()
     with chosen.records.open("rb") as file:
-        samples = [one for one in iter_records(file, chosen.records) if isinstance(one, Sample)]
+        parsed = [one for one in iter_records(file, chosen.records) if isinstance(one, Parsed)]
+    samples = [one.sample for one in parsed]
     tokenizer = trained_tokenizer(samples)
+    if chosen.save is not None:
+        tokenizer.save_pretrained(chosen.save)
     chat = ChatFormat.from_dict(load_chat_format("llama_3_1"))
     with tempfile.TemporaryDirectory() as cache:
         started = time.process_time()
