@@ -5,6 +5,7 @@ and time is not read again.
 """
 
 import os
+import shutil
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -136,8 +137,7 @@ def write_table(table: pa.Table, folder: Path) -> None:
     aside = folder / f"{TABLE}.tmp-{os.getpid()}"
     _write(table, aside)
     aside.replace(folder / TABLE)
-    for part in (folder / PARTS).glob("*"):
-        part.unlink(missing_ok=True)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
 def read_table(path: Path) -> pa.Table | None:

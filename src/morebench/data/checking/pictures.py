@@ -3,26 +3,26 @@
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import chain, zip_longest
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from morebench.data.checked import Manifest
-from morebench.data.findings import Finding
+from morebench.data.findings import Finding, Kind
 from morebench.data.image_folder import ImageFolder
 from morebench.data.images import load_image
 from morebench.errors import DataError
 
 LENGTHS, SUSPICIOUS = "lengths.png", "suspicious.png"
-COLUMNS, MAX_TILES = 6, 48
+COLUMNS, MAX_TILES, MAX_UNSEEN = 6, 60, 2
 TILE, CAPTION, MARGIN = 200, 46, 8  # pixels
 GREY, RED, INK = (225, 225, 225), (170, 30, 30), (40, 40, 40)
 
 
 def draw_lengths(manifest: Manifest, path: Path) -> None:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     wanted = [("characters", manifest.characters)]
     wanted += [(f"tokens, {name}", facts) for name, facts in manifest.tokens.items()]
@@ -36,6 +36,7 @@ def draw_lengths(manifest: Manifest, path: Path) -> None:
             )
             axis.set_title(f"{label} a sample: {told}", fontsize=9)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.0f}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_ylabel("samples")
@@ -51,8 +52,8 @@ def draw_lengths(manifest: Manifest, path: Path) -> None:
 
 
 def draw_suspicious(findings: Sequence[Finding], images: ImageFolder, path: Path) -> None:
-    """Kinds take turns, so that a frequent one leaves room for the others. Without findings, no sheet."""
-    shown = _in_turns(findings)[:MAX_TILES]
+    """Kind by kind, each with its share of the sheet. Without findings, no sheet."""
+    shown = _chosen(findings)
     if not shown:
         path.unlink(missing_ok=True)
         return
@@ -72,12 +73,15 @@ def draw_suspicious(findings: Sequence[Finding], images: ImageFolder, path: Path
     aside.replace(path)
 
 
-def _in_turns(findings: Sequence[Finding]) -> list[Finding]:
-    by_kind: dict[str, dict[str, Finding]] = defaultdict(dict)
+def _chosen(findings: Sequence[Finding]) -> list[Finding]:
+    of_kind: dict[Kind, dict[str, Finding]] = defaultdict(dict)
     for finding in findings:
-        by_kind[finding.kind.name].setdefault(finding.image or "", finding)
-    turns = zip_longest(*(of_kind.values() for of_kind in by_kind.values()))
-    return [finding for finding in chain.from_iterable(turns) if finding is not None]
+        of_kind[finding.kind].setdefault(finding.image or "", finding)
+    seen = [kind for kind in of_kind if not kind.quarantines]  # the others can hardly be shown
+    room = (MAX_TILES - MAX_UNSEEN * (len(of_kind) - len(seen))) // max(1, len(seen))
+    limits = {kind: MAX_UNSEEN if kind.quarantines else room for kind in of_kind}
+    in_order = sorted(of_kind, key=list(Kind).index)
+    return [finding for kind in in_order for finding in islice(of_kind[kind].values(), limits[kind])]
 
 
 def _tile(finding: Finding, images: ImageFolder) -> Image.Image:
