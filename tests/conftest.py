@@ -25,7 +25,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     counts = {"num_pretrain": 96, "num_finetune": 96, "num_test_scenes": 8, "num_test_items": 24}
     build({**data.build, **counts}, folder=root / "data" / data.folder)
     for data in (configs[0].pretrain_data, configs[0].finetune_data):
-        check_data(data, configs[0].paths, 1, lambda text: None)
+        check_data(data, configs[0].paths, 0, lambda text: None)
     for weights in [weights for c in configs for weights in (c.llm.weights, c.vision.weights)]:
         assert weights.build is not None
         build({**weights.build, "steps": 2}, folder=built_folder(weights, configs[0].paths))

@@ -26,7 +26,7 @@ def prepare(root: Path, num_records: int = 4) -> Path:
 
 
 def check(root: Path, **changes: Any) -> CheckedData:
-    return check_data(replace(toy_data(), **changes), paths_below(root), 1, lambda text: None).data
+    return check_data(replace(toy_data(), **changes), paths_below(root), 0, lambda text: None).data
 
 
 def status(root: Path, **changes: Any) -> Status:

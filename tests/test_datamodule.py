@@ -50,7 +50,7 @@ def write(root: Path, num_samples: int = 21) -> CheckedData:
     )
     records[4]["image"] = ["3.png", "0.png"]
     write_data(root, records, images=5, size=(9, 7))
-    return check_data(toy_data(), paths_below(root), 1, lambda text: None).data
+    return check_data(toy_data(), paths_below(root), 0, lambda text: None).data
 
 
 def index_of(data: CheckedData, root: Path, **changes: Any) -> LengthIndex:

@@ -287,7 +287,7 @@ def test_the_key_follows_whatever_changes_a_feature(config: Config, tmp_path: Pa
     shutil.copytree(config.paths.data, other_data)
     shutil.copyfile(other_data / "toy/images/1.png", other_data / "toy/images/2.png")
     elsewhere = replace(config.paths, data=str(other_data), checks=str(tmp_path / "checks"))
-    check_data(config.pretrain_data, elsewhere, 1, lambda text: None)
+    check_data(config.pretrain_data, elsewhere, 0, lambda text: None)
     different = [
         config,
         with_changes(config, scales=[1, 2]),
@@ -326,7 +326,7 @@ def test_features_that_are_not_finite_are_refused(config: Config, copy: CacheOf)
 def test_images_are_numbered_once_and_without_those_of_quarantined_samples(tmp_path: Path) -> None:
     shown = ["2.png", None, "0.png", "2.png", "1.png", "0.png"]
     write_data(tmp_path, [record(n, image) for n, image in enumerate(shown)], images=3)
-    samples = check_data(toy_data(), paths_below(tmp_path), 1, lambda text: None).data.samples
+    samples = check_data(toy_data(), paths_below(tmp_path), 0, lambda text: None).data.samples
     whole, part = ImageNumbers.of(samples), ImageNumbers.of(samples.without([0, 4]))
     assert whole.names.to_pylist() == ["2.png", "0.png", "1.png"]
     assert [whole.of_sample(n) for n in range(6)] == [[0], [], [1], [0], [2], [1]]

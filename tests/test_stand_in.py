@@ -60,7 +60,7 @@ def test_a_check_finds_what_is_broken_and_nothing_else(
 ) -> None:
     data = getattr(compose_config([]).config, group)
     paths = replace(paths_below(tmp_path), data=str(out))
-    checked = check_data(data, paths, 1, lambda text: None).data
+    checked = check_data(data, paths, 0, lambda text: None).data
     assert checked.manifest.num_records == made[name]["records"]
     of_kind = defaultdict(set)
     for file in (QUARANTINE, FINDINGS):

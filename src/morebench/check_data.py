@@ -4,7 +4,8 @@
     python -m morebench.data check finetune_data=mix665k llm=phi4,gemma2_9b vision=siglip2
     python -m morebench.data check experiments=table2
 
-Takes the overrides of `python -m morebench.train -m`, and workers=N (processes; all cores if not given).
+Takes the overrides of `python -m morebench.train -m`, workers=N (processes; all cores if not given), and
+again=true (read every image, also those that have kept their size and times).
 Checked are the data sets that are named, or else both of every cell. Where the tokenizers of the cells' LLMs
 are here, token lengths are measured too: training uses them.
 
@@ -17,7 +18,6 @@ suspicious.png. Type the command again after an interruption, or after mending f
 not read again. Exits with 2 where data cannot be trained on as it is.
 """
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,12 +46,13 @@ from morebench.errors import (
     resumable,
 )
 from morebench.models.weights import absence, locate
+from morebench.processes import usable_cores
 
 GROUPS = {"pretrain_data": Step.pretrain, "finetune_data": Step.finetune}
 
 
 def command(arguments: Sequence[str]) -> int:
-    overrides, workers = _split(arguments)
+    overrides, workers, again = _split(arguments)
     check(overrides)
     parsed = parse_overrides(overrides)
     cells = assemble(expand(overrides))
@@ -65,8 +66,8 @@ def command(arguments: Sequence[str]) -> int:
     problems: list[str] = []
     for key, (data, config) in wanted.items():
         try:
-            with resumable(Path(config.paths.checks)):
-                found = check_data(data, config.paths, workers, _say, measures[key])
+            with resumable(Path(config.paths.checks), Path(config.paths.cache)):
+                found = check_data(data, config.paths, workers, _say, measures[key], again)
         except DataError as error:
             problems.append(str(error))
             continue
@@ -105,18 +106,22 @@ def _print_counts(counts: Mapping[str, int]) -> None:
         print(f"    {count:>9,} {Kind[kind].value} ({kind})")
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], int]:
-    """The overrides of the config, and the number of processes."""
-    rest, workers = [], os.cpu_count() or 1
+def _split(arguments: Sequence[str]) -> tuple[list[str], int, bool]:
+    """The overrides of the config, the number of processes, and whether to read all images again."""
+    rest, own, problems = [], {"workers": str(usable_cores()), "again": "false"}, []
     for text in arguments:
         key, _, value = text.partition("=")
-        if key != "workers":
-            rest.append(text)
-        elif value.isascii() and value.isdigit() and int(value) > 0:
-            workers = int(value)
+        if key in own:
+            own[key] = value
         else:
-            raise ConfigError(f"{text}: expected a whole number from 1.")
-    return rest, workers
+            rest.append(text)
+    if not (own["workers"].isascii() and own["workers"].isdigit() and int(own["workers"])):
+        problems.append(f"workers={own['workers']}: expected a whole number from 1.")
+    if own["again"] not in ("true", "false"):
+        problems.append(f"again={own['again']}: expected true or false.")
+    if problems:
+        raise ConfigError(join_problems(problems))
+    return rest, int(own["workers"]), own["again"] == "true"
 
 
 def _is_below(override: Override, group: str) -> bool:
@@ -129,7 +134,12 @@ def _wanted(cells: Sequence[Composed], groups: Sequence[str]) -> dict[str, tuple
     for group in groups:
         for cell in cells:
             data: TrainingData = getattr(cell.config, group)
-            found.setdefault(f"{group} {data.folder}/{data.records}", (data, cell.config))
+            known, _ = found.setdefault(f"{group} {data.folder}/{data.records}", (data, cell.config))
+            if known != data:
+                raise ConfigError(
+                    f"{group}: {data.folder}/{data.records} is to be checked in two ways: {data} and {known}."
+                    " A data set has one check: give one value of each key."
+                )
     return found
 
 
@@ -152,7 +162,11 @@ def _measures(
             job = LengthJob.of(config, step, folder)
             if key in wanted and (identity := f"{key} {job}") not in seen:
                 seen.add(identity)
-                measures[key][f"{cell.choices['llm']}, {job.num_visual_tokens} visual tokens"] = job
+                name = f"{cell.choices['llm']}, {job.num_visual_tokens} visual tokens"
+                name += f", at most {job.max_length:,}"
+                if name in measures[key]:
+                    name += f" ({len(measures[key])})"  # another chat format
+                measures[key][name] = job
     return measures, list(absent)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from morebench.config.compose import CONFIG_DIR_VARIABLE
-from morebench.errors import EXIT_DONE, EXIT_USER, ConfigError, MorebenchError, join_problems
+from morebench.errors import EXIT_DONE, EXIT_USER, ConfigError, Interrupted, MorebenchError, join_problems
 
 
 def fail(error: MorebenchError) -> NoReturn:
@@ -37,6 +37,8 @@ def run(
         code = command(arguments)
     except MorebenchError as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail(Interrupted("interrupted."))
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()
         raise SystemExit(EXIT_DONE) from None

@@ -66,16 +66,17 @@ class Interrupted(MorebenchError):
 
 
 @contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """For work whose finished parts lie in `folder`, so that the same command goes on after any of these."""
+def resumable(*folders: Path) -> Iterator[None]:
+    """For work that writes to `folders` and keeps finished parts: the same command goes on after these."""
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command goes on from here.") from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise DiskFullError(f"no space left in {folder}. Make room; the same command goes on.") from error
-        raise RunError(f"{error.filename or folder}: {error.strerror or error}.") from error
+            places = error.filename or " or ".join(map(str, folders))
+            raise DiskFullError(f"no space left in {places}. Make room; the same command goes on.") from error
+        raise RunError(f"{error.filename or folders[0]}: {error.strerror or error}.") from error
 
 
 def join_problems(problems: Iterable[str], limit: int = 20) -> str:

@@ -17,6 +17,7 @@ from morebench.data.checked import told as told_counts
 from morebench.data.checking.check import check_data
 from morebench.errors import ConfigError, DataError, RunError, join_problems, resumable
 from morebench.models.weights import built_folder
+from morebench.processes import usable_cores
 
 
 def prepare(configs: Iterable[Config]) -> None:
@@ -39,7 +40,7 @@ def _build_all(missing: Mapping[Path, Mapping[str, Any]]) -> None:
     print(f"building {', '.join(folder.name for folder in missing)}", file=sys.stderr)
     context = multiprocessing.get_context("spawn")
     begun = time.monotonic()
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(usable_cores(), mp_context=context, initializer=_one_thread) as pool:
         jobs = {pool.submit(_build, dict(recipe), folder): folder for folder, recipe in missing.items()}
         for job in as_completed(jobs):
             job.result()
@@ -59,8 +60,8 @@ def _check_data(configs: Sequence[Config]) -> None:
     problems = []
     for data, paths in todo.values():
         try:
-            with resumable(Path(paths.checks)):
-                manifest = check_data(data, paths, os.cpu_count() or 1, _say).data.manifest
+            with resumable(Path(paths.checks), Path(paths.cache)):
+                manifest = check_data(data, paths, usable_cores(), _say).data.manifest
             reasons = f": {told_counts(manifest.quarantined)}" if manifest.quarantined else ""
             share = f"{manifest.num_quarantined:,} of {manifest.num_records:,}"
             _say(f"checked {data.label}: {share} quarantined{reasons}")

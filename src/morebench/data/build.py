@@ -24,7 +24,6 @@ the file system allows. What is damaged, missing, empty or twice there is left o
 same command again after an interruption: finished shards and images are not read again.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -37,6 +36,7 @@ from morebench.config.schema import Config
 from morebench.data.subset.build import Request, build, tell
 from morebench.data.subset.shards import PUBLISHED, Columns, Source, find_shards
 from morebench.errors import ConfigError, join_problems, resumable
+from morebench.processes import usable_cores
 
 SOURCES = {"laion": ("laion",), "recap": ("recap",), "laion_recap": ("laion", "recap")}
 _NUMBERS = {"n": 1, "seed": 0, "workers": 1}  # key -> least value
@@ -79,7 +79,7 @@ def command(arguments: Sequence[str]) -> None:
         arguments=arguments_told,
     )
     with resumable(request.folder.parent):
-        manifest, was_there = build(request, numbers.get("workers", os.cpu_count() or 1))
+        manifest, was_there = build(request, numbers.get("workers", usable_cores()))
     _print(manifest, request, config, was_there)
 
 

@@ -1,7 +1,7 @@
 """What `morebench.data check` has written about a data set, opened for planning and training. No torch."""
 
+import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -14,14 +14,15 @@ import numpy as np
 import pyarrow as pa
 
 from morebench.config.schema import Paths, TrainingData
-from morebench.data.checking.looks import TABLE, read_table, sizes_and_times
+from morebench.data.aside import replace_text
+from morebench.data.checking.looks import FACTS, TABLE, facts_now, read_table
 from morebench.data.findings import Finding, Kind
 from morebench.data.image_folder import ImageFolder
 from morebench.data.images import read_image
 from morebench.data.store import RecordStore, open_records
 from morebench.errors import DataError, join_problems
 
-VERSION = 1
+VERSION = 2
 MANIFEST, QUARANTINE, FINDINGS = "manifest.json", "quarantine.jsonl", "findings.jsonl"
 
 
@@ -33,6 +34,7 @@ class Manifest:
     label: str
     records: dict[str, Any]  # size, mtime_ns and sha256 of the file
     also_quarantine: list[str]
+    allowed_links: list[str]
     num_records: int
     num_samples: int  # records that are not quarantined
     num_images: int  # distinct
@@ -41,6 +43,7 @@ class Manifest:
     kept: dict[str, int]  # kind -> records
     content_hash: str  # records, images and what is quarantined; not where they lie
     quarantine_sha256: str  # of quarantine.jsonl
+    images_sha256: str  # of images.arrow
     checked: str  # when, UTC
     characters: dict[str, Any]  # of the samples' texts: a histogram
     tokens: dict[str, dict[str, Any]] = field(default_factory=dict)  # per LLM, encoder and step
@@ -97,31 +100,44 @@ class CheckedData:
             raise DataError(f"image {name}: {error}") from None
         if sha256(content).digest() != self._digests[number].as_py():
             raise DataError(
-                f"image {name} is not the file that was checked. Run `python -m morebench.data check` again."
+                f"image {name} is not the file that was checked. Run `python -m morebench.data check` again; "
+                "again=true reads files that have kept their size and times too."
             )
         return content
 
     def changed_images(self) -> list[str]:
         """Usable images whose file has not the size and time that it had when it was checked."""
         names = self.samples.image_names()
-        table = _table(self.folder)
-        then = np.stack([table.column(key).to_numpy() for key in ("size", "mtime_ns")], axis=1)
-        usable = table.column("kind").is_null().to_numpy()
-        changed = usable & (sizes_and_times(self.images, names) != then).any(axis=1)
+        columns = FACTS[:2]  # a link to a file or another mode of it changes the last
+        then = np.stack([self._table.column(key).to_numpy() for key in columns], axis=1)
+        usable = self._table.column("kind").is_null().to_numpy()
+        changed = usable & (facts_now(self.images, names)[:, : len(columns)] != then).any(axis=1)
         return [names[number] for number in np.flatnonzero(changed)]
 
     @cached_property
+    def _table(self) -> pa.Table:
+        """Raises DataError where it is not the one that was written with the manifest."""
+        table = read_table(self.folder / TABLE)
+        if table is None or hash_of(self.folder / TABLE) != self.manifest.images_sha256:
+            raise DataError(
+                f"{self.folder / TABLE} is not what the check of {self.manifest.label} wrote: damaged, or "
+                "the data was checked once more since. Start again; if that does not help, check again."
+            )
+        return table
+
+    @cached_property
     def _digests(self) -> pa.Array:
-        return _table(self.folder).column("sha256").combine_chunks()
+        return self._table.column("sha256").combine_chunks()
 
     def __getstate__(self) -> dict[str, Any]:
         """Worker processes map the files anew."""
-        return {key: value for key, value in self.__dict__.items() if key != "_digests"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_digests", "_table")}
 
 
 def check_folder(data: TrainingData, paths: Paths) -> Path:
-    parts = [part for part in PurePosixPath(data.folder).parts if part not in ("/", "..")]
-    return Path(paths.checks, *parts, PurePosixPath(data.records).stem)
+    """Below paths.checks, wherever the data lies."""
+    parts = PurePosixPath(data.folder, data.records).with_suffix("").parts
+    return Path(paths.checks, *("up" if part == ".." else part.strip("/") for part in parts))
 
 
 def data_state(data: TrainingData, paths: Paths) -> DataState:
@@ -136,9 +152,12 @@ def data_state(data: TrainingData, paths: Paths) -> DataState:
         return DataState(data, Status.unchecked, f"{records} has not been checked")
     if (manifest.records["size"], manifest.records["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
         return DataState(data, Status.stale, f"{records} has changed since it was checked", manifest)
-    if sorted(manifest.also_quarantine) != sorted(data.also_quarantine):
-        reason = f"{records} was checked with also_quarantine={manifest.also_quarantine}"
-        return DataState(data, Status.stale, reason, manifest)
+    for key in ("also_quarantine", "allowed_links"):
+        now, then = sorted(getattr(data, key)), sorted(getattr(manifest, key))
+        if now != then:
+            return DataState(
+                data, Status.stale, f"{records} was checked with {key}={then}, not {now}", manifest
+            )
     return DataState(data, Status.checked, "", manifest)
 
 
@@ -194,7 +213,9 @@ def open_checked(data: TrainingData, paths: Paths, max_quarantined: float = 1.0)
         raise DataError(f"{data.label}: its records have changed. Run `python -m morebench.data check`.")
     quarantined = [json.loads(line)["record"] for line in (folder / QUARANTINE).read_text().splitlines()]
     images = ImageFolder(records / data.images, data.allowed_links)
-    return CheckedData(without(samples, quarantined), images, folder, state.manifest)
+    opened = CheckedData(without(samples, quarantined), images, folder, state.manifest)
+    assert opened._digests is not None  # mapped now: a check that is made meanwhile replaces the file
+    return opened
 
 
 def without(samples: RecordStore, quarantined: Iterable[int]) -> RecordStore:
@@ -216,26 +237,19 @@ def content_hash(
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Last of what a check writes: with it, the check is done."""
-    write_aside(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+    replace_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
 
 
-def write_aside(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+def hash_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(folder: Path) -> Manifest | None:
     """None while there is none, and for one that is damaged, of another version, or not in one piece."""
     try:
         manifest = Manifest(**json.loads((folder / MANIFEST).read_bytes()))
-        whole = sha256((folder / QUARANTINE).read_bytes()).hexdigest() == manifest.quarantine_sha256
+        whole = hash_of(folder / QUARANTINE) == manifest.quarantine_sha256
         return manifest if manifest.version == VERSION and whole and (folder / TABLE).exists() else None
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _table(folder: Path) -> pa.Table:
-    if (table := read_table(folder / TABLE)) is None:
-        raise DataError(f"{folder / TABLE} is damaged. Run `python -m morebench.data check` again.")
-    return table

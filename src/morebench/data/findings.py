@@ -69,7 +69,8 @@ class Finding:
 
     def __str__(self) -> str:
         named = "" if self.id is None else f" (id {self.id!r})"
-        return f"record {self.record}{named}: {self.reason} (byte {self.offset})"
+        image = "" if self.image is None else f"image {printable(self.image)}: "
+        return f"record {self.record}{named}: {image}{self.reason} (byte {self.offset})"
 
 
 MAX_SHOWN = 300  # characters

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from morebench.data.aside import replace_file
 from morebench.data.chat import ChatFormat
 from morebench.data.once import once
 from morebench.data.records import Sample
 from morebench.errors import DataError, join_problems
+from morebench.processes import start_pool_process, usable_cores
 from morebench.progress import Progress
 
 if TYPE_CHECKING:
@@ -118,7 +120,7 @@ def _measure(job: _Job) -> np.ndarray:
         context = multiprocessing.get_context("spawn")  # a fork would inherit locked threads
         found = []
         with (
-            ProcessPoolExecutor(_cores(), context, initializer=_start, initargs=(job,)) as pool,
+            ProcessPoolExecutor(usable_cores(), context, initializer=_start, initargs=(job,)) as pool,
             Progress(f"token lengths, {job.chat.label}", total) as progress,
         ):
             for chunk, one in zip(chunks, pool.map(_measure_in_worker, chunks), strict=True):
@@ -129,18 +131,13 @@ def _measure(job: _Job) -> np.ndarray:
     return np.concatenate([counts for counts, _ in found], axis=1)
 
 
-def _cores() -> int:
-    """That this process may use: a cluster gives a job some of a machine's."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-
-
 _job: _Job | None = None  # of a worker process
 
 
 def _start(job: _Job) -> None:
     global _job
     _job = job
+    start_pool_process()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core
 
 
@@ -159,7 +156,4 @@ def _load(path: Path, num_samples: int) -> LengthIndex | None:
 
 
 def _save(path: Path, counts_4N: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".tmp-{os.getpid()}.npy")
-    np.save(aside, counts_4N)
-    aside.replace(path)
+    replace_file(path, lambda aside: np.save(aside, counts_4N))

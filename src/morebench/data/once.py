@@ -1,6 +1,6 @@
 """What many processes of a cluster want at the same time is made by one of them; the others wait for it.
 
-The lock only saves work: making twice is harmless, because what is made replaces a file as a whole. No file
+The lock only saves work: making twice is harmless, because what is made replaces files as a whole. No file
 times and no flock, which lie on shared file systems: a maker counts in its lock, and one that stops counting
 is dead.
 """
@@ -24,20 +24,29 @@ Made = TypeVar("Made")
 
 def once(path: Path, load: Callable[[], Made | None], make: Callable[[], Made]) -> Made:
     """`load` gives what `make` has put at `path`, or None."""
+    if (found := load()) is not None:
+        return found
+    with alone(path):
+        return found if (found := load()) is not None else make()
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """While no other process does the same for `path`; waits for one that is at work."""
     lock = path.with_name(f"{path.name}.lock")
     seen, since = None, time.monotonic()
-    while (found := load()) is None:
+    while True:
         with _held(lock) as is_mine:
-            if is_mine:  # it may have been made since the look above
-                return made if (made := load()) is not None else make()
+            if is_mine:
+                yield
+                return
         if seen is None:
-            print(f"waiting for another process to make {path}", file=sys.stderr, flush=True)
+            print(f"waiting for another process that is at work on {path}", file=sys.stderr, flush=True)
         if (now := _read(lock)) != seen:
             seen, since = now, time.monotonic()
         elif time.monotonic() - since > PATIENCE or _is_dead(seen):
             lock.unlink(missing_ok=True)
         time.sleep(BEAT / 4)
-    return found
 
 
 @contextmanager
@@ -63,8 +72,11 @@ def _held(lock: Path) -> Iterator[bool]:
 def _beat(lock: Path, token: str, done: Event) -> None:
     aside, count = lock.with_name(f"{lock.name}.{token.split()[-1]}"), 0
     while True:
-        aside.write_text(f"{token} {count}")
-        aside.replace(lock)
+        try:
+            aside.write_text(f"{token} {count}")
+            aside.replace(lock)
+        except OSError:  # a full disk: the work itself will say so
+            aside.unlink(missing_ok=True)
         count += 1
         if done.wait(BEAT):
             return

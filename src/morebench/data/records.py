@@ -64,7 +64,7 @@ def parse_record(raw: object) -> Sample:
             f"write one {IMAGE_TOKEN} per image into the human turns.",
         )
     for number, turn in enumerate(turns):
-        if not turn.answer or turn.answer.isspace():
+        if not any(letter.isprintable() and not letter.isspace() for letter in turn.answer):
             raise SampleError(
                 Kind.empty_answer, f"answer {number} is {_shown(turn.answer)}; expected a text to learn."
             )

@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from morebench.data.aside import replace_text
 from morebench.data.findings import Finding, Kind
+from morebench.data.once import once
 from morebench.data.records import Sample, Turn
-from morebench.data.store_build import SAMPLES, build, findings_path, replace_file, unreadable
+from morebench.data.store_build import SAMPLES, build, findings_path, unreadable
 from morebench.errors import DataError
 
 VERSION = 2  # raised when the same file would give another store
@@ -76,12 +78,13 @@ class RecordStore(Sequence[Sample]):
         return tuple(Finding(Kind[row.pop("kind")], **row) for row in self._findings.to_pylist())
 
     def duplicate_ids(self) -> np.ndarray:
-        """int64, rows (as in `rows`) whose id an earlier usable sample has.
+        """int64, numbers of the samples whose id an earlier sample of this store has.
 
-        An array and no findings: in published data it is half of the samples.
+        An array and no findings: in published data it is a third of the samples.
         """
+        ids = self._column("id") if self.rows is None else self._column("id").take(pa.array(self.rows))
         # every new id gets the next code, so that an id is new where its code is a new maximum
-        codes = self._column("id").combine_chunks().dictionary_encode().indices.to_numpy()
+        codes = ids.combine_chunks().dictionary_encode().indices.to_numpy()
         before = np.maximum.accumulate(codes)
         return 1 + np.flatnonzero(codes[1:] <= before[:-1])
 
@@ -183,14 +186,20 @@ def open_records(path: Path, cache: Path, say: Callable[[str], None] | None = No
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     arrow = cache / "records" / f"{key}.arrow"
     wanted = {"version": VERSION, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
-    facts = _facts(arrow)
-    if not wanted.items() <= facts.items():
+
+    def load() -> RecordStore | None:
+        facts = _facts(arrow)
+        return RecordStore(arrow, facts["sha256"]) if wanted.items() <= facts.items() else None
+
+    def make() -> RecordStore:
         if say is not None and found.st_size > 100e6:
             say(f"reading {path} ({found.st_size / 1e6:.0f} MB)")
         arrow.with_suffix(".json").unlink(missing_ok=True)  # it would vouch for what is replaced now
-        facts = wanted | {"sha256": build(path, arrow)}
-        replace_file(arrow.with_suffix(".json"), lambda aside: aside.write_text(json.dumps(facts)))
-    return RecordStore(arrow, facts["sha256"])
+        sha256 = build(path, arrow)
+        replace_text(arrow.with_suffix(".json"), json.dumps(wanted | {"sha256": sha256}))
+        return RecordStore(arrow, sha256)
+
+    return once(arrow, load, make)
 
 
 def _num_characters(texts: pa.LargeListArray) -> np.ndarray:

@@ -1,14 +1,14 @@
 """Writes the store of a records file: one Arrow file of samples, one of what is wrong with the others."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from morebench.data.aside import replace_file
 from morebench.data.findings import Finding
 from morebench.data.records import Parsed, iter_records
 from morebench.errors import DataError, join_problems
@@ -140,16 +140,6 @@ class _Table:
             self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self._rows.clear()
         self._num_characters = 0
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def unreadable(path: Path, error: OSError) -> DataError:

@@ -131,7 +131,9 @@ class _Window:
     def _syntax_error(self, error: json.JSONDecodeError) -> DataError:
         at = self._offset + len(_encoded(self._text[self._at : error.pos]))
         within = "" if at == self._offset else f", in the record that begins at byte {self._offset}"
-        return DataError(f"{self._path}: not valid JSON: {error.msg} at byte {at}{within}.")
+        return DataError(
+            f"{self._path}: not valid JSON: {error.msg.removesuffix(' at')} at byte {at}{within}."
+        )
 
     def _pass(self, value: Any, end: int) -> Element:
         raw = self._text[self._at : end]

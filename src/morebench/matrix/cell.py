@@ -115,11 +115,16 @@ def _own(cell: Cell, step: Step, sources: Sources) -> dict[str, Any]:
         chat = load_chat_format(config.llm.chat_format)
         return {"recipe": identity(config.stage.evaluate), "chat": chat, "tasks": tasks}
     recipe = config.stage.pretrain if step is Step.pretrain else config.stage.finetune
-    group = f"{step.name}_data"
     return {
         "recipe": identity(recipe),
         "chat": load_chat_format(recipe.chat_format or config.llm.chat_format),
-        "data": sources.data(group, cell.choices.get(group, "..."), config),
+        "data": data_of(cell, step, sources),
         # computed and cached features are the same, and so are the ids of their runs
         **({"features": "8bit"} if config.features is Features.cached_8bit else {}),
     }
+
+
+def data_of(cell: Cell, step: Step, sources: Sources) -> str:
+    """Content hash of what a train step reads."""
+    group = f"{step.name}_data"
+    return sources.data(group, cell.choices.get(group, "..."), cell.config)

@@ -22,6 +22,7 @@ from morebench.matrix.ledger import State
 from morebench.matrix.plan import Plan, PlannedRun
 from morebench.matrix.progress import Display
 from morebench.matrix.step import execute, prepare_run
+from morebench.processes import leave_with_parent, usable_cores
 
 _POLL_S = 0.5  # how often the display is refreshed and runs of other processes are looked at
 _GRACE_S = 60.0  # how long a worker may take to save its state when it is told to stop
@@ -54,7 +55,7 @@ def launch_local(plan: Plan, n_jobs: int | None) -> list[Outcome]:
 def default_jobs(trainer: Trainer) -> int:
     """Steps at a time: all cores, `threads` each, on CPU; one that has all devices on an accelerator."""
     if trainer.accelerator == "cpu" and trainer.threads:
-        return max(1, (os.cpu_count() or 1) // trainer.threads)
+        return max(1, usable_cores() // trainer.threads)
     return 1
 
 
@@ -196,7 +197,7 @@ def _work(connection: Connection, threads: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which sends TERM
     if threads:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent(signal.SIGTERM)  # with its state saved
     while True:
         try:
             folder = Path(connection.recv())
@@ -209,10 +210,3 @@ def _work(connection: Connection, threads: int | None) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
         connection.send(execute(folder))
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -12,7 +12,7 @@ from morebench.data.chat import ChatFormat
 from morebench.data.checked import DataState
 from morebench.errors import ConfigError, join_problems
 from morebench.matrix import ledger
-from morebench.matrix.cell import CHAIN, PARENT, Cell, run_ids
+from morebench.matrix.cell import CHAIN, PARENT, Cell, data_of, run_ids
 from morebench.matrix.ledger import State
 from morebench.matrix.sources import Sources
 
@@ -27,6 +27,7 @@ class PlannedRun:
     folder: Path
     parents: dict[Step, str]  # step -> run id, the whole way up
     state: State
+    data_hash: str | None  # content that a train step's id was made of
     shared_by: list[str] = field(default_factory=list)  # names of the cells
 
 
@@ -56,9 +57,9 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
             run_id = own[step]
             if run_id not in runs:
                 folder = _folder(cell, run_id)
-                runs[run_id] = PlannedRun(
-                    run_id, step, cell, folder, _parents(own, step), ledger.state(folder)
-                )
+                data_hash = None if step is Step.evaluate else data_of(cell, step, sources)
+                parents, state = _parents(own, step), ledger.state(folder)
+                runs[run_id] = PlannedRun(run_id, step, cell, folder, parents, state, data_hash)
             runs[run_id].shared_by.append(cell.name)
     return Plan(
         cells, ids, runs, list(sources.missing), list(sources.unusable), list(sources.data_states.values())

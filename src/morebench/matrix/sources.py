@@ -32,14 +32,12 @@ class Sources:
     def data(self, group: str, choice: str, config: Config) -> str:
         """`group` is pretrain_data or finetune_data, `choice` the file in it."""
         data: TrainingData = getattr(config, group)
-        key = ("data", data.folder, data.records, str(sorted(data.also_quarantine)))
+        key = ("data", data.folder, data.records, f"{data.also_quarantine} {data.allowed_links}")
 
         def look() -> str | None:
             self.data_states[key] = state = data_state(data, config.paths)
             if state.manifest is None or state.status is not Status.checked:
                 return None
-            problems = usability_problems(state.manifest, data, config.paths, config.max_quarantined)
-            self.unusable.update(dict.fromkeys(problems))
             return state.manifest.content_hash
 
         def absence() -> str:
@@ -47,12 +45,20 @@ class Sources:
             if state.status is Status.absent:
                 folder = Path(config.paths.data) / data.folder
                 return _no_file(data.label, folder, data.records, data.build is not None)
+            lists = {"also_quarantine": data.also_quarantine, "allowed_links": data.allowed_links}
+            given = [f"'{group}.{key}=[{','.join(values)}]'" for key, values in lists.items() if values]
+            command = " ".join(["python -m morebench.data check", f"{group}={choice}", *given])
             return (
-                f"data: {data.label}: {state.reason}. Run `python -m morebench.data check {group}={choice}`, "
-                "or have it checked first: unchecked_data=check"
+                f"data: {data.label}: {state.reason}. Run `{command}`, or have it checked first: "
+                "unchecked_data=check"
             )
 
-        return self._hash(key, look, absence)
+        found = self._hash(key, look, absence)
+        manifest = self.data_states[key].manifest
+        if manifest is not None and self.data_states[key].status is Status.checked:
+            problems = usability_problems(manifest, data, config.paths, config.max_quarantined)
+            self.unusable.update(dict.fromkeys(problems))
+        return found
 
     def task(self, data: TaskData, paths: Paths) -> str:
         return self._hash(

@@ -24,7 +24,8 @@ def prepare_run(run: PlannedRun) -> None:
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         if not (run.folder / "manifest.json").exists():
-            ledger.write_json(run.folder / "manifest.json", {"run_id": run.run_id, "step": run.step.name})
+            facts = {"run_id": run.run_id, "step": run.step.name, "planned_data": run.data_hash}
+            ledger.write_json(run.folder / "manifest.json", facts)
         ledger.write_json(run.folder / "cell.json", run.cell.axes)
         parents = {step.name: _place(run, run_id) for step, run_id in run.parents.items()}
         ledger.write_json(run.folder / "parents.json", parents)

@@ -56,7 +56,8 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
         trainer = make_trainer(config.trainer, recipe)
         checkpoint = newest_checkpoint(folder / CHECKPOINTS, _say)
         torch.manual_seed(config.seed)
-        stage = make_stage(config, step, parents, trainer.is_global_zero)
+        planned = read_manifest(folder).get("planned_data")
+        stage = make_stage(config, step, parents, trainer.is_global_zero, planned)
         choices, same = _choose(stage, trainer, checkpoint)
         stack.enter_context(exact_arithmetic(choices.threads))
         if trainer.is_global_zero:

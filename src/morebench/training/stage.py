@@ -137,16 +137,29 @@ class Stage:
         return lengths, num_images, supervised
 
 
-def make_stage(config: Config, step: Step, parents: Mapping[Step, Path], is_first: bool = True) -> Stage:
+def make_stage(
+    config: Config,
+    step: Step,
+    parents: Mapping[Step, Path],
+    is_first: bool = True,
+    planned_data: str | None = None,
+) -> Stage:
     """Data first: its errors come before seconds of loading weights.
 
-    One rank (`is_first`) asks whether the images are still those that were checked.
+    is_first: whether this rank asks if the images are still those that were checked.
+    planned_data: content hash that the run's id was made of.
     Raises ConfigError, DataError, WeightsError.
     """
     recipe, data = recipe_of(config, step)
     for one in (Step.pretrain, Step.finetune):  # the later step too, before the first takes hours
         check_max_length(config.llm, recipe_of(config, one)[0].max_length, f"stage.{one.name}.max_length")
     checked = open_checked(data, config.paths, config.max_quarantined)
+    if planned_data not in (None, checked.content_hash):
+        raise DataError(
+            f"{data.label}: this run was planned for data {planned_data[:12]}, and what is checked now is "
+            f"{checked.content_hash[:12]}. Put that data back and check it, or plan again: other data is "
+            "another run."
+        )
     if is_first and (changed := checked.changed_images()):
         raise DataError(changed_images_problem(data, changed))
     weights = starting_weights(config)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,14 @@ import pyarrow as pa
 
 from morebench.config.schema import Paths, TrainingData
 from morebench.data import checked
+from morebench.data.aside import remove_leftovers, replace_text
 from morebench.data.checked import CheckedData, Manifest
 from morebench.data.checking import looks, pictures
 from morebench.data.checking.lengths import character_facts, token_facts
 from morebench.data.findings import Finding, Kind
 from morebench.data.image_folder import ImageFolder
 from morebench.data.index import LengthIndex
+from morebench.data.once import alone
 from morebench.data.store import RecordStore, open_records
 from morebench.errors import ConfigError, DataError, join_problems
 
@@ -40,15 +41,32 @@ def check_data(
     workers: int,
     say: Callable[[str], None],
     measures: Mapping[str, Measure] | None = None,
+    again: bool = False,
 ) -> Checked:
-    """Write everything to `checked.check_folder`, manifest.json last.
+    """Write everything to `checked.check_folder`, manifest.json last. One check of a data set at a time.
 
-    `measures`: what for -> the token lengths of the samples that are left. Raises DataError where there is no
-    data set, or where its file ends in the middle; ConfigError for an `also_quarantine` that is no kind.
+    workers, again: see `looks.look_at_all`. measures: what for -> the token lengths of the samples that are
+    left. Raises DataError where there is no data set, or where its file ends in the middle; ConfigError for
+    an `also_quarantine` that is no kind.
     """
     folder = Path(paths.data) / data.folder
     _check_folder(folder, data)
-    also = _also(data)
+    _also(data)
+    out = checked.check_folder(data, paths)
+    with alone(out):
+        return _check(data, paths, folder, out, workers, say, measures or {}, again)
+
+
+def _check(
+    data: TrainingData,
+    paths: Paths,
+    folder: Path,
+    out: Path,
+    workers: int,
+    say: Callable[[str], None],
+    measures: Mapping[str, Measure],
+    again: bool,
+) -> Checked:
     records_path = folder / data.records
     records = {"size": -1, "mtime_ns": -1}
     if records_path.exists():  # else the next line says so
@@ -61,16 +79,15 @@ def check_data(
             f"{records_path} names."
         )
     images = ImageFolder(folder / data.images, data.allowed_links)
-    out = checked.check_folder(data, paths)
     out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
     (out / checked.MANIFEST).unlink(missing_ok=True)  # from here on, what lies there is in the making
-    table, num_looked_at = looks.look_at_all(names, images, out, workers)
+    table, num_looked_at = looks.look_at_all(names, images, out, workers, again=again)
     looks.write_table(table, out)
 
-    bad, kept, kept_counts = _findings(store, names, table, also)
-    quarantine = _lines(bad)
-    checked.write_aside(out / checked.QUARANTINE, quarantine)
-    checked.write_aside(out / checked.FINDINGS, _lines(kept))
+    bad, kept, kept_counts = _findings(store, names, table, _also(data))
+    replace_text(out / checked.QUARANTINE, _lines(bad))
+    replace_text(out / checked.FINDINGS, _lines(kept))
     numbers = [finding.record for finding in bad]
     samples = checked.without(store, numbers)
     manifest = Manifest(
@@ -78,6 +95,7 @@ def check_data(
         label=data.label,
         records={**records, "sha256": store.sha256},
         also_quarantine=sorted(data.also_quarantine),
+        allowed_links=sorted(data.allowed_links),
         num_records=store.num_records,
         num_samples=len(samples),
         num_images=len(names),
@@ -85,11 +103,12 @@ def check_data(
         quarantined=_counted(finding.kind for finding in bad),
         kept=kept_counts,
         content_hash=checked.content_hash(store.sha256, names, _digests(table), numbers),
-        quarantine_sha256=sha256(quarantine.encode()).hexdigest(),
+        quarantine_sha256=checked.hash_of(out / checked.QUARANTINE),
+        images_sha256=checked.hash_of(out / looks.TABLE),
         checked=datetime.now(UTC).isoformat(timespec="seconds"),
         characters=character_facts(samples),
     )
-    tokens, problems = _measured(CheckedData(samples, images, out, manifest), measures or {})
+    tokens, problems = _measured(CheckedData(samples, images, out, manifest), measures)
     manifest = replace(manifest, tokens=tokens)
     pictures.draw_lengths(manifest, out / pictures.LENGTHS)
     suspicious = [finding for finding in [*bad, *kept] if finding.image is not None]
@@ -144,8 +163,7 @@ def _findings(
 ) -> tuple[list[Finding], list[Finding], dict[str, int]]:
     """What is quarantined, one finding a record; what is kept, one an image or id; kept records by kind."""
     found = {finding.record: finding for finding in store.findings}
-    kept: dict[tuple[Kind, str], Finding] = {}
-    counts: Counter[Kind] = Counter()
+    odd: list[Finding] = []
     of_image = _kinds_of_images(names, table)
     for row in store.rows_with_image(list(of_image)):
         sample, (record, offset) = store[row], store.record_of(row)
@@ -157,18 +175,21 @@ def _findings(
         unusable = [finding for finding in own if finding.kind.quarantines or finding.kind in also]
         if unusable:
             found.setdefault(record, unusable[0])
-            continue
-        counts.update({finding.kind for finding in own})
-        for finding in own:
-            kept.setdefault((finding.kind, finding.image or ""), finding)
-    for row in store.duplicate_ids().tolist():
-        (record, offset), record_id = store.record_of(row), store[row].id
+        else:
+            odd += own
+    left = checked.without(store, found)  # an id repeats only among records that are left
+    for number in left.duplicate_ids().tolist():
+        (record, offset), record_id = left.record_of(number), left[number].id
         finding = Finding(Kind.duplicate_id, "an earlier record has this id", record, offset, record_id)
         if Kind.duplicate_id in also:
-            found.setdefault(record, finding)
-        elif record not in found:
-            counts[Kind.duplicate_id] += 1
-            kept[Kind.duplicate_id, str(record)] = finding
+            found[record] = finding
+        else:
+            odd.append(finding)
+    odd = [finding for finding in odd if finding.record not in found]
+    counts = Counter(kind for kind, _ in {(finding.kind, finding.record) for finding in odd})
+    kept: dict[tuple[Kind, str | int], Finding] = {}
+    for finding in odd:
+        kept.setdefault((finding.kind, finding.image or finding.record), finding)
     in_order = sorted(found.values(), key=lambda finding: finding.record)
     return in_order, list(kept.values()), _counted(counts.elements())
 

@@ -1,12 +1,11 @@
 """Reads, hashes and decodes images in processes of its own, and keeps what it learnt.
 
-A killed check goes on where it was: finished parts lie in `looked/`. An image whose file has kept its size
-and time is not read again.
+A killed check goes on where it was: finished parts lie in `looked/`. A good image whose file has kept its
+size and times is not read again. The caller holds a lock on the folder.
 """
 
 import os
 import shutil
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -21,25 +20,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from morebench.data.aside import replace_file
 from morebench.data.findings import Kind, SampleError
 from morebench.data.image_folder import ImageFolder
 from morebench.data.images import read_image
 from morebench.data.inspection import inspect_image
+from morebench.processes import start_pool_process
 from morebench.progress import Progress
 
-VERSION = "1"
+VERSION = "2"
 TABLE, PARTS = "images.arrow", "looked"
 PART = 4096  # images that a killed check looks at again, at most
 CHUNK = 64  # images a process takes at a time
-THREADS = 4  # of a process
-WORTH_PROCESSES = 256  # images; fewer are decoded before a process has started
-ABSENT = (-1, -1)  # size and time of what is not there, or must not be read
+THREADS = 2  # of a process: one waits for a file while the other decodes
+ABSENT = (-1, -1, -1)  # size and times of what is not there, or must not be read
+# of a file; the last tells of a change that kept the others, as `cp -a` does
+FACTS = ("size", "mtime_ns", "ctime_ns")
 
 SCHEMA = pa.schema(
     {
         "name": pa.string(),
         "size": pa.int64(),
         "mtime_ns": pa.int64(),
+        "ctime_ns": pa.int64(),
         "sha256": pa.binary(),  # empty where the file cannot be read
         "kind": pa.string(),  # why it cannot be used; null if it can
         "reason": pa.string(),
@@ -55,6 +58,7 @@ class Look(NamedTuple):
     name: str
     size: int
     mtime_ns: int
+    ctime_ns: int
     sha256: bytes
     kind: str | None
     reason: str | None
@@ -64,41 +68,41 @@ class Look(NamedTuple):
 def look(images: ImageFolder, name: str) -> Look:
     try:
         path = images.path(name)
-        size, mtime_ns = _size_and_time(images, name)
+        facts = _facts(images, name)
         content = read_image(path)
     except SampleError as error:
         return _unseen(name, error.kind, error.reason)
     seen = inspect_image(content, name)
     kind, reason = (None, None) if seen.problem is None else (seen.problem[0].name, seen.problem[1])
     odd = [{"kind": odd.name, "reason": told} for odd, told in seen.oddities]
-    return Look(name, size, mtime_ns, sha256(content).digest(), kind, reason, odd)
+    return Look(name, *facts, sha256(content).digest(), kind, reason, odd)
 
 
 def _unseen(name: str, kind: Kind, reason: str) -> Look:
     return Look(name, *ABSENT, b"", kind.name, reason, [])
 
 
-def sizes_and_times(images: ImageFolder, names: Sequence[str], threads: int = 16) -> np.ndarray:
-    """int64 [N, 2] of the files as they are now; `ABSENT` where none can be asked.
+def facts_now(images: ImageFolder, names: Sequence[str], threads: int = 16) -> np.ndarray:
+    """int64 [N, 3]: `FACTS` of the files as they are now; `ABSENT` where none can be asked.
 
     Threads, because a file of a shared file system takes a millisecond to answer.
     """
 
-    def ask(chunk: Sequence[str]) -> list[tuple[int, int]]:
-        return [_size_and_time(images, name) for name in chunk]
+    def ask(chunk: Sequence[str]) -> list[tuple[int, int, int]]:
+        return [_facts(images, name) for name in chunk]
 
     chunks = [names[start : start + 1024] for start in range(0, len(names), 1024)]
     with ThreadPoolExecutor(threads) as pool:
-        found = [pair for pairs in pool.map(ask, chunks) for pair in pairs]
-    return np.array(found, np.int64).reshape(-1, 2)
+        found = [facts for some in pool.map(ask, chunks) for facts in some]
+    return np.array(found, np.int64).reshape(-1, len(FACTS))
 
 
-def _size_and_time(images: ImageFolder, name: str) -> tuple[int, int]:
+def _facts(images: ImageFolder, name: str) -> tuple[int, int, int]:
     try:
         stat = images.path(name).stat()
     except (OSError, SampleError):
         return ABSENT
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def look_at_all(
@@ -107,16 +111,26 @@ def look_at_all(
     folder: Path,
     workers: int,
     look: Callable[[ImageFolder, str], Look] = look,
+    again: bool = False,
 ) -> tuple[pa.Table, int]:
-    """What is known of `names`, in their order, and how many had to be looked at now."""
+    """What is known of `names`, in their order, and how many had to be looked at now.
+
+    workers: processes; 0 is this one, which an image may then end.
+    again: nothing counts as known.
+    """
+    if again:
+        (folder / TABLE).unlink(missing_ok=True)
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
     known = _known(folder)
     wanted = pa.array(names, pa.string())
     rows = pc.index_in(wanted, value_set=known.column("name").combine_chunks()).fill_null(-1).to_numpy()
-    now = sizes_and_times(images, names)
-    then = np.full((len(names), 2), -2, np.int64)
-    for column, key in enumerate(("size", "mtime_ns")):
-        then[rows >= 0, column] = known.column(key).to_numpy()[rows[rows >= 0]]
-    todo = np.flatnonzero((now != then).any(axis=1) | (now == ABSENT).any(axis=1)).tolist()
+    usable = known.column("kind").is_null().to_numpy()
+    then = np.full((len(names), len(FACTS)), -2, np.int64)
+    seen = np.flatnonzero(rows >= 0)
+    seen = seen[usable[rows[seen]]]  # what had a problem may have been mended
+    for column, key in enumerate(FACTS):
+        then[seen, column] = known.column(key).to_numpy()[rows[seen]]
+    todo = np.flatnonzero((facts_now(images, names) != then).any(axis=1)).tolist()
     found, part = [SCHEMA.empty_table()], list[Look]()
     done = len(names) - len(todo)
     with Progress("images", len(names), done) as progress:
@@ -128,15 +142,14 @@ def look_at_all(
                 found.append(_keep(part, folder / PARTS))
                 part.clear()
     known = _with(known, pa.concat_tables([*found, _table(part)]))
-    table = known.take(pc.index_in(wanted, value_set=known.column("name").combine_chunks()))
-    return table.combine_chunks(), len(todo)
+    places = pc.index_in(wanted, value_set=known.column("name").combine_chunks())
+    assert places.null_count == 0, f"{places.null_count} images were not looked at"
+    return known.take(places).combine_chunks(), len(todo)
 
 
 def write_table(table: pa.Table, folder: Path) -> None:
     """The parts that it was made of go."""
-    aside = folder / f"{TABLE}.tmp-{os.getpid()}"
-    _write(table, aside)
-    aside.replace(folder / TABLE)
+    replace_file(folder / TABLE, lambda aside: _write(table, aside))
     shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
@@ -165,12 +178,9 @@ def _with(known: pa.Table, newer: pa.Table) -> pa.Table:
 
 
 def _keep(looks: Sequence[Look], parts: Path) -> pa.Table:
-    parts.mkdir(parents=True, exist_ok=True)
     table = _table(looks)
     name = sha256("\0".join(one.name for one in looks).encode()).hexdigest()[:16]
-    aside = parts / f"{name}.tmp-{os.getpid()}"
-    _write(table, aside)
-    aside.replace(parts / f"{name}.arrow")
+    replace_file(parts / f"{name}.arrow", lambda aside: _write(table, aside))
     return table
 
 
@@ -187,18 +197,18 @@ def _write(table: pa.Table, path: Path) -> None:
 
 def _spread(work: Callable[[str], Look], names: Sequence[str], workers: int) -> Iterator[list[Look]]:
     """In any order. An image that ends the process which decodes it is a finding like any other."""
-    if len(names) < WORTH_PROCESSES:
+    if workers == 0:
         yield from ([work(name)] for name in names)
         return
     waiting = deque(names[start : start + CHUNK] for start in range(0, len(names), CHUNK))
     while waiting:
         running: dict[Future[list[Look]], Sequence[str]] = {}
-        with _pool(workers) as pool:
+        with _pool(min(workers, len(waiting))) as pool:
             try:
                 while waiting or running:
                     while waiting and len(running) < 2 * workers:
-                        chunk = waiting.popleft()
-                        running[pool.submit(_look_at_chunk, work, chunk)] = chunk
+                        future = pool.submit(_look_at_chunk, work, waiting[0])  # raises if one has died
+                        running[future] = waiting.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         found = future.result()
                         del running[future]
@@ -232,8 +242,8 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _start() -> None:
-    """The parent alone acts on Ctrl-C and speaks: libtiff writes to stderr about every damaged file."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The parent alone speaks: libtiff writes to stderr about every damaged file."""
+    start_pool_process()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 

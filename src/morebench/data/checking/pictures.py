@@ -1,6 +1,5 @@
 """What a person looks at after a check: a histogram of lengths and a sheet of suspicious images."""
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import islice
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from morebench.data.aside import replace_file
 from morebench.data.checked import Manifest
 from morebench.data.findings import Finding, Kind
 from morebench.data.image_folder import ImageFolder
@@ -46,9 +46,7 @@ def draw_lengths(manifest: Manifest, path: Path) -> None:
         xycoords="axes fraction",
         fontsize=10,
     )
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    figure.savefig(aside, format="png", dpi=110)
-    aside.replace(path)
+    replace_file(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
 
 
 def draw_suspicious(findings: Sequence[Finding], images: ImageFolder, path: Path) -> None:
@@ -68,9 +66,7 @@ def draw_suspicious(findings: Sequence[Finding], images: ImageFolder, path: Path
         colour = RED if finding.kind.quarantines else INK
         lines = [*_wrapped(finding.kind.value, font), _end(finding.image or "", font)]
         draw.multiline_text((left, top + TILE + 2), "\n".join(lines), colour, font, spacing=1)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    sheet.save(aside, "PNG")
-    aside.replace(path)
+    replace_file(path, lambda aside: sheet.save(aside, "PNG"))
 
 
 def _chosen(findings: Sequence[Finding]) -> list[Finding]:
@@ -85,10 +81,13 @@ def _chosen(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _tile(finding: Finding, images: ImageFolder) -> Image.Image:
+    """What cannot be used is not decoded here: it may be what ended a process."""
     tile = Image.new("RGB", (TILE, TILE), GREY)
     try:
-        image = load_image(images.path(finding.image or ""))
-    except (DataError, MemoryError):
+        image = None if finding.kind.quarantines else load_image(images.path(finding.image or ""))
+    except DataError:  # gone since
+        image = None
+    if image is None:
         ImageDraw.Draw(tile).line((0, 0, TILE, TILE), RED, 2)
         return tile
     image.thumbnail((TILE, TILE))

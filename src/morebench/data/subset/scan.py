@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +18,7 @@ from morebench.data.subset.parquet import column_problem, scan_parquet
 from morebench.data.subset.shards import Columns, Shard, Source
 from morebench.data.subset.tar import scan_tar
 from morebench.errors import ConfigError, RunError, join_problems
+from morebench.processes import start_pool_process
 from morebench.progress import Progress
 
 VERSION = 1
@@ -78,8 +78,7 @@ def _run(
     with ProcessPoolExecutor(
         min(workers, len(todo)),
         context,
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),  # the parent stops them
+        initializer=start_pool_process,
     ) as pool:
         jobs = [pool.submit(work, item) for item in todo]
         try:

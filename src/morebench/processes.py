@@ -1,0 +1,31 @@
+"""What processes that share a machine ask of it, and owe each other."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.connection import wait
+
+
+def usable_cores() -> int:
+    """That this process may use: a cluster gives a job some of a machine's."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def leave_with_parent(number: signal.Signals) -> None:
+    """Called in a child: a parent that was killed cannot stop its children, so they signal themselves."""
+    threading.Thread(target=_watch, args=(number,), daemon=True).start()
+
+
+def start_pool_process() -> None:
+    """Initializer of a pool: the parent alone acts on Ctrl-C, and takes its processes with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_with_parent(signal.SIGKILL)
+
+
+def _watch(number: signal.Signals) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), number)
