@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 from morebench.config.compose import compose_config, load_shape
 from morebench.config.schema import AspectRatio, ImageProcessing, Resize
 from morebench.data.batch import Batch, collate
-from morebench.data.images import ImageProcessor, load_image, mean_colour
+from morebench.data.image_processor import ImageProcessor, mean_colour
+from morebench.data.images import load_image
 from morebench.models.normalise import Normalise
 
 CHOICES = ("clip", "siglip", "dinov2", "clip:s2")

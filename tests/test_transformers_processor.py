@@ -14,7 +14,8 @@ from transformers import AutoProcessor
 
 from morebench.config.compose import compose_config, load_shape
 from morebench.config.schema import AspectRatio
-from morebench.data.images import ImageProcessor, load_image
+from morebench.data.image_processor import ImageProcessor
+from morebench.data.images import load_image
 from morebench.data.jinja_template import chat_template
 from morebench.data.records import IMAGE_TOKEN
 from morebench.errors import ConfigError

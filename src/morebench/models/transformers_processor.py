@@ -8,7 +8,7 @@ from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedToken
 
 from morebench.config.schema import AspectRatio, ImageProcessing, Resize
 from morebench.data.chat import ChatFormat
-from morebench.data.images import RESAMPLING
+from morebench.data.image_processor import RESAMPLING
 from morebench.data.jinja_template import ChatTemplate
 from morebench.data.records import IMAGE_TOKEN, Sample, Turn
 from morebench.errors import ConfigError
