@@ -69,7 +69,7 @@ def grey_levels(choice: str, normalised: np.ndarray) -> np.ndarray:
 
 def normalised(choice: str, pixels: np.ndarray) -> np.ndarray:
     """What the vision encoder gets of one image."""
-    found = normalise_of(choice)(torch.from_numpy(pixels[None].copy()))
+    found = normalise_of(choice)(torch.from_numpy(pixels[None]))
     assert found.is_contiguous()
     return found[0].numpy()
 
