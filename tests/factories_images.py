@@ -49,6 +49,11 @@ def with_pillow(
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
 
 
+def grey_levels(processing: ImageProcessing, normalised: np.ndarray) -> np.ndarray:
+    """[3, S, S] -> [S, S, 3]"""
+    return (normalised.transpose(1, 2, 0) * np.array(processing.std) + np.array(processing.mean)) * 255
+
+
 def assert_near(found: np.ndarray, expected: np.ndarray, note: str = "") -> None:
     """Two 8-bit resizes that differ in the last bits of their weights. Both in grey levels."""
     levels = np.abs(found.astype(np.float64) - expected)

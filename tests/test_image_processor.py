@@ -14,6 +14,7 @@ from factories_images import (
     SIZES,
     assert_near,
     digest,
+    grey_levels,
     noise,
     pad_to_square,
     processing_of,
@@ -59,12 +60,6 @@ COLOURS = {
 
 def processing(choice: str) -> ImageProcessing:
     return composed((f"vision={choice}",)).config.vision.image
-
-
-def grey_levels(choice: str, normalised: np.ndarray) -> np.ndarray:
-    """[3, S, S] -> [S, S, 3]"""
-    image = processing(choice)
-    return (normalised.transpose(1, 2, 0) * np.array(image.std) + np.array(image.mean)) * 255
 
 
 def normalised(choice: str, pixels: np.ndarray) -> np.ndarray:
@@ -118,7 +113,7 @@ def test_nearly_the_pixels_of_the_study_s_processors(choice: str):
             assert pixels.shape == (image_size, image_size, 3)
             assert pixels.dtype == np.uint8
             assert pixels.flags.c_contiguous
-            assert_near(pixels, grey_levels(choice, expected))
+            assert_near(pixels, grey_levels(processing(choice), expected))
 
 
 def write_files(folder: Path) -> dict[str, Path]:
@@ -183,7 +178,7 @@ def test_files_of_every_kind_as_the_study_read_them(choice: str, files: dict[str
         for name, path in files.items():
             expected = as_the_study(choice, path, aspect_ratio)
             found = ours(load_image(path))
-            assert_near(found, grey_levels(choice, expected), f"{name}, {aspect_ratio}")
+            assert_near(found, grey_levels(processing(choice), expected), f"{name}, {aspect_ratio}")
 
 
 @pytest.mark.parametrize("choice", REFERENCES)
@@ -194,7 +189,7 @@ def test_s2_reads_images_at_the_largest_scale(choice: str, files: dict[str, Path
         pixels = ours(load_image(files["rgb.jpg"]))
         assert pixels.shape == (3 * image_size, 3 * image_size, 3)
         expected = as_the_study(choice, files["rgb.jpg"], aspect_ratio, scale=3)
-        assert_near(pixels, grey_levels(choice, expected))
+        assert_near(pixels, grey_levels(processing(choice), expected))
 
 
 def test_both_dinov2_see_the_same_pixels():
