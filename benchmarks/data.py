@@ -8,8 +8,8 @@ expand to a square, transformers' processor, floats, torch's DataLoader; with th
 end. In turn, with equally many workers; the median of the rounds.
 
 img/s: images per second of CPU time, of the workers and of the process they deliver to: what one core does.
-worst: largest difference of any value from ours, in grey levels. Theirs with the PIL back end is 0 under the
-Pillow that the study had (`pip install "pillow<13"`); later ones resize some tall images the other way round.
+worst, differ: the largest difference of any value from ours, in grey levels, and the share of the values that
+differ. The PIL back end's grow with Pillow 13, which resizes some tall images the other way round.
 """
 
 import sys
@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 from morebench.config.compose import compose_config, load_shape
 from morebench.config.schema import AspectRatio, ImageProcessing, Resize
 from morebench.data.batch import Batch, collate
-from morebench.data.images import ImageProcessor, load_image, mean_colour
+from morebench.data.image_processor import ImageProcessor, mean_colour
+from morebench.data.images import load_image
 from morebench.models.normalise import Normalise
 
 CHOICES = ("clip", "siglip", "dinov2", "clip:s2")
@@ -92,8 +93,10 @@ def main(choices: list[str]) -> None:
     torch.set_num_threads(1)
     print(
         f"Pillow {PIL.__version__}, torch {torch.__version__}, transformers {transformers.__version__}\n"
-        f"{'':22}{'ours':>8}{'PIL back end':>28}{'torchvision back end':>28}\n"
-        f"{'encoder':10}{'pixels':>7}{'':5}{'img/s':>8}" + f"{'img/s':>10}{'ours x':>9}{'worst':>9}" * 2
+        f"{'':22}{'ours':>6}{'PIL back end':>33}{'torchvision back end':>33}\n"
+        f"{'encoder':10}{'pixels':>7}{'':5}{'img/s':>6}"
+        + f"{'img/s':>9}{'ours x':>8}{'worst':>7}{'differ':>9}"
+        * 2
     )
     with TemporaryDirectory() as folder:
         paths = write_photographs(Path(folder))
@@ -121,7 +124,8 @@ def compare(choice: str, aspect_ratio: AspectRatio, paths: list[Path]) -> None:
     mine, *others = map(median, rates)
     row = f"{name:10}{size:7}{aspect_ratio.name:>7}{mine:6.0f}"
     for rate, dataset in zip(others, theirs, strict=True):
-        row += f"{rate:10.0f}{mine / rate:9.2f}{worst(ours, dataset, image):9.2f}"
+        worst, share = difference(ours, dataset, image)
+        row += f"{rate:9.0f}{mine / rate:8.2f}{worst:7.2f}{share:9.2%}"
     print(row, flush=True)
 
 
@@ -157,15 +161,16 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def worst(ours: Ours, theirs: Theirs, image: ImageProcessing) -> float:
-    """In grey levels, of what the vision encoder gets."""
+def difference(ours: Ours, theirs: Theirs, image: ImageProcessing) -> tuple[float, float]:
+    """Of what the vision encoder gets: the largest in grey levels, the share of the values that differ."""
     normalise = Normalise(image)
     grey = 1 / 255 / torch.tensor(image.std)[:, None, None]
-    found = 0.0
+    found = []
     for item in range(len(SIZES)):
-        pixels = torch.from_numpy(ours.processor(load_image(ours.paths[item]))[None].copy())
-        found = max(found, ((normalise(pixels)[0] - theirs[item]).abs() / grey).max().item())
-    return found
+        pixels = torch.from_numpy(ours.processor(load_image(ours.paths[item]))[None])
+        found.append(((normalise(pixels)[0] - theirs[item]).abs() / grey).flatten())
+    levels = torch.cat(found)
+    return levels.max().item(), (levels > 0.5).float().mean().item()
 
 
 def write_photographs(folder: Path) -> list[Path]:

@@ -20,7 +20,8 @@ from morebench.data.chat import ChatFormat, Encoded
 from morebench.data.checked import CheckedData
 from morebench.data.checking.check import check_data
 from morebench.data.datamodule import Loader, MicroBatches, dead_workers_named
-from morebench.data.images import ImageProcessor, load_image
+from morebench.data.image_processor import ImageProcessor
+from morebench.data.images import load_image
 from morebench.data.index import LengthIndex, build_index
 from morebench.data.packing import BatchPlan
 from morebench.errors import DataError, WorkerError

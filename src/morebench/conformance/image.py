@@ -10,7 +10,7 @@ from PIL import Image
 
 from morebench.config.schema import Config, Step
 from morebench.conformance.findings import Finding, judged, shown
-from morebench.data.images import RESAMPLING, ImageProcessor
+from morebench.data.image_processor import RESAMPLING, ImageProcessor
 from morebench.training.stage import recipe_of
 
 

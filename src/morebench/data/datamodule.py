@@ -14,7 +14,8 @@ from morebench.data.batch import Batch, collate
 from morebench.data.chat import ChatFormat
 from morebench.data.checked import CheckedData
 from morebench.data.features import FeatureCache
-from morebench.data.images import ImageProcessor, decode_image
+from morebench.data.image_processor import ImageProcessor
+from morebench.data.images import decode_image
 from morebench.data.packing import BatchPlan
 from morebench.errors import DataError, WorkerError
 

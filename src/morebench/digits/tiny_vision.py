@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from morebench.config.compose import load_shape
 from morebench.config.schema import AspectRatio, ImageProcessing, Interpolation, Resize
-from morebench.data.images import ImageProcessor
+from morebench.data.image_processor import ImageProcessor
 from morebench.digits.fitting import fit, reproducible
 from morebench.digits.folders import new_folder
 from morebench.digits.render import Picture, Scans, load_scans, render

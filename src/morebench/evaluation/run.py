@@ -16,7 +16,8 @@ from torch import Tensor
 from morebench.config.compose import ROOT, load_chat_format
 from morebench.config.schema import LLM, Config, Part, Profile
 from morebench.data.chat import ChatFormat, Encoded
-from morebench.data.images import ImageProcessor, load_image
+from morebench.data.image_processor import ImageProcessor
+from morebench.data.images import load_image
 from morebench.errors import ConfigError
 from morebench.evaluation.generate import generate, generation_attention, length_batches
 from morebench.evaluation.predictions import PredictionsFile, write_lines

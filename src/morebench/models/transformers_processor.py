@@ -6,9 +6,9 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from morebench.config.schema import AspectRatio, ImageProcessing, Resize
+from morebench.config.schema import AspectRatio, ImageProcessing, Interpolation, Resize
 from morebench.data.chat import ChatFormat
-from morebench.data.images import RESAMPLING
+from morebench.data.image_processor import RESAMPLING
 from morebench.data.jinja_template import ChatTemplate
 from morebench.data.records import IMAGE_TOKEN, Sample, Turn
 from morebench.errors import ConfigError
@@ -74,6 +74,14 @@ def image_processor(
         image_mean=list(processing.mean),
         image_std=list(processing.std),
     )
+
+
+def nearest_backend(processing: ImageProcessing) -> str:
+    """The back end of transformers that comes nearest to ours on every CPU.
+
+    torchvision's resizes as ours does, but bilinear in floats on an x86 CPU without AVX2.
+    """
+    return "torchvision" if processing.interpolation is Interpolation.bicubic else "pil"
 
 
 def messages(turns: list[Turn], with_answer: bool = True) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from morebench.config.schema import AspectRatio, Config
 from morebench.data.checked import CheckedData
 from morebench.data.features import ImageNumbers
-from morebench.data.images import ImageProcessor, decode_image
+from morebench.data.image_processor import ImageProcessor
+from morebench.data.images import decode_image
 from morebench.models.features import encode
 from morebench.models.normalise import Normalise
 from morebench.models.parts import build_encoder

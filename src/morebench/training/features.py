@@ -20,7 +20,7 @@ from morebench.models.weights import folder_hash
 
 # Raise when a change of the code changes features (decoding, resizing, encoders, S2, rounding) or the files:
 # every cache is then built anew.
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 
 
 @dataclass(frozen=True)

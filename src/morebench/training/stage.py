@@ -15,7 +15,7 @@ from morebench.data.chat import ChatFormat
 from morebench.data.checked import CheckedData, changed_images_problem, open_checked
 from morebench.data.datamodule import MicroBatches
 from morebench.data.features import FeatureCache
-from morebench.data.images import ImageProcessor
+from morebench.data.image_processor import ImageProcessor
 from morebench.data.index import LengthIndex, index_of
 from morebench.data.packing import BatchPlan, micro_batches_for
 from morebench.errors import DataError
