@@ -12,7 +12,7 @@ import pytest
 from factories_data import paths_below, record, toy_data, write_data
 
 from morebench.data import checked
-from morebench.data.checked import CheckedData, Status, data_state, open_checked
+from morebench.data.checked import TABLE, CheckedData, Status, data_state, open_checked
 from morebench.data.checking.check import check_data
 from morebench.errors import DataError
 
@@ -98,6 +98,24 @@ def test_a_list_that_somebody_shortened_is_not_the_list_that_was_checked(tmp_pat
     assert json.loads(line)["id"] == "r0"
     path.write_text("")
     assert status(tmp_path) is Status.unchecked
+
+
+def test_links_that_are_no_longer_allowed_make_a_check_stale(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    assert status(tmp_path, allowed_links=["/elsewhere"]) is Status.stale
+
+
+def test_another_table_of_images_than_the_one_that_was_written_is_refused(tmp_path: Path) -> None:
+    prepare(tmp_path / "other", 6)
+    prepare(tmp_path)
+    paths = paths_below(tmp_path)
+    opened = pickle.dumps(open_checked(toy_data(), paths))
+    folders = [checked.check_folder(toy_data(), paths_below(root)) for root in (tmp_path / "other", tmp_path)]
+    shutil.copy(folders[0] / TABLE, folders[1] / TABLE)
+    with pytest.raises(DataError, match=r"is not what the check of Toy wrote"):
+        open_checked(toy_data(), paths)
+    with pytest.raises(DataError, match=r"is not what the check of Toy wrote"):  # in a worker that starts now
+        pickle.loads(opened).read_images(0)
 
 
 def test_too_many_quarantined_samples_are_refused_with_the_reasons(tmp_path: Path) -> None:

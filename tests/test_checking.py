@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 
 from morebench.data import checked
 from morebench.data.checked import CheckedData, check_folder, content_hash
-from morebench.data.checking import looks
+from morebench.data.checking import looks, pictures
 from morebench.data.checking.check import Checked, check_data
 from morebench.data.checking.looks import Look, look
 from morebench.data.findings import Kind
@@ -32,8 +33,9 @@ def write(root: Path, num_records: int = 5) -> Path:
     return root / "data" / "toy" / "images"
 
 
-def run(root: Path, **changes: Any) -> Checked:
-    return check_data(replace(toy_data(), **changes), paths_below(root), 0, lambda text: None)
+def run(root: Path, workers: int = 0, again: bool = False, **changes: Any) -> Checked:
+    data = replace(toy_data(), **changes)
+    return check_data(data, paths_below(root), workers, lambda text: None, again=again)
 
 
 def written(root: Path, name: str) -> list[dict[str, Any]]:
@@ -220,21 +222,35 @@ def test_a_mended_image_is_noticed(tmp_path: Path) -> None:
 
 def die(images: ImageFolder, name: str) -> Look:
     """An image of this name takes the process with it, as a decoder's bug would."""
-    if name in ("7.png", "140.png"):
+    if name in ("1.png", "7.png", "140.png"):
         os.kill(os.getpid(), signal.SIGKILL)
     return look(images, name)
 
 
-def test_an_image_that_ends_the_process_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looks, "WORTH_PROCESSES", 1)
+def test_images_that_end_the_process_are_findings(tmp_path: Path) -> None:
     images = write(tmp_path, 200)
     names = [f"{number}.png" for number in range(199)]
     table, looked = looks.look_at_all(names, ImageFolder(images), tmp_path, 2, die)
     assert looked == 199
     assert table.column("name").to_pylist() == names
     crashed = [name for name, kind in zip(names, table.column("kind").to_pylist(), strict=True) if kind]
-    assert crashed == ["7.png", "140.png"]
+    assert crashed == ["1.png", "7.png", "140.png"]
     assert set(table.column("kind").to_pylist()) == {None, Kind.crashed.name}
+
+
+def test_a_check_ends_well_with_such_an_image_and_does_not_decode_it_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    monkeypatch.setattr(looks, "look_at_all", partial(looks.look_at_all, look=die))
+    decoded = []
+    monkeypatch.setattr(pictures, "load_image", decoded.append)
+    for _ in range(2):
+        found = run(tmp_path, workers=1)
+        assert found.data.manifest.quarantined == {Kind.crashed.name: 1}
+        assert ids(found.data) == ["r0", "r2", "r3", "r4"]
+    assert found.num_looked_at == 1  # it may be another day
+    assert decoded == []
 
 
 def stop_at_30(images: ImageFolder, name: str) -> Look:
@@ -248,14 +264,58 @@ def test_an_interrupted_check_keeps_what_it_has_seen(tmp_path: Path, monkeypatch
     images = write(tmp_path, 41)
     names = [f"{number}.png" for number in range(40)]
     with pytest.raises(KeyboardInterrupt):
-        looks.look_at_all(names, ImageFolder(images), tmp_path, 1, stop_at_30)
+        looks.look_at_all(names, ImageFolder(images), tmp_path, 0, stop_at_30)
     (tmp_path / looks.PARTS / "torn.arrow").write_bytes(b"ARROW1 torn")
-    table, looked = looks.look_at_all(names, ImageFolder(images), tmp_path, 1)
+    table, looked = looks.look_at_all(names, ImageFolder(images), tmp_path, 0)
     assert looked == 40 - 24  # three parts of 8 were written
-    whole, _ = looks.look_at_all(names, ImageFolder(images), tmp_path / "other", 1)
+    whole, _ = looks.look_at_all(names, ImageFolder(images), tmp_path / "other", 0)
     assert table.equals(whole)
     looks.write_table(table, tmp_path)
     assert not (tmp_path / looks.PARTS).exists()
+
+
+def test_a_file_that_kept_its_size_and_time_is_read_again(tmp_path: Path) -> None:
+    """As `cp -a`, `tar x` and `rsync -a` leave it, and a flipped bit."""
+    images = write(tmp_path)
+    whole = run(tmp_path).data.content_hash
+    good, before = (images / "1.png").read_bytes(), (images / "1.png").stat()
+
+    def put(content: bytes) -> None:
+        (images / "1.png").write_bytes(content)
+        os.utime(images / "1.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    put(good[:-20] + bytes([good[-20] ^ 1]) + good[-19:])
+    changed = run(tmp_path).data
+    assert changed.manifest.quarantined == {"damaged": 1}
+    put(good)
+    assert run(tmp_path).data.content_hash == whole
+    assert run(tmp_path, again=True).num_looked_at == 4
+
+
+def test_what_is_left_behind_by_a_killed_check_goes(tmp_path: Path) -> None:
+    write(tmp_path)
+    folder = check_folder(toy_data(), paths_below(tmp_path))
+    folder.mkdir(parents=True)
+    (folder / ".images.tmp-0123456789ab.arrow").write_bytes(b"half")
+    run(tmp_path)
+    assert {path.name for path in folder.iterdir()} == {
+        checked.MANIFEST,
+        checked.QUARANTINE,
+        checked.FINDINGS,
+        looks.TABLE,
+        pictures.LENGTHS,
+    }
+
+
+def test_a_record_is_quarantined_or_kept_and_its_id_repeats_only_among_the_kept(tmp_path: Path) -> None:
+    write_data(tmp_path, [record(0, "0.png"), record(1, "gone.png"), record(1), record(0, "cmyk.jpg")], 1)
+    (tmp_path / "data" / "toy" / "images" / "cmyk.jpg").write_bytes(bytes_of(noise("CMYK"), "JPEG"))
+    found = run(tmp_path).data.manifest
+    assert (found.quarantined, found.kept) == ({"missing": 1}, {"duplicate_id": 1, "cmyk": 1})
+    told = run(tmp_path, also_quarantine=["duplicate_id"]).data
+    assert (told.manifest.quarantined, told.manifest.kept) == ({"missing": 1, "duplicate_id": 1}, {})
+    assert ids(told) == ["r0", "r1"]
+    assert written(tmp_path, checked.FINDINGS) == []
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:

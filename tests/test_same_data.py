@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 from factories_training import make_cell
 
 from morebench.config.schema import AXES, Config, Step
 from morebench.data.checking.check import check_data
+from morebench.errors import DataError
 from morebench.matrix.cell import Cell, run_ids
 from morebench.matrix.sources import Sources
 from morebench.training.stage import make_stage
@@ -48,3 +50,15 @@ def test_two_llms_see_the_same_samples_and_quarantine_changes_both_alike(tmp_pat
     assert gone == {f"s{int(damaged[1:]) | 1}"}
     assert [run_id(config) for config in cells] != ids
     assert not set(ids) & {run_id(config) for config in cells}
+
+
+def test_a_run_trains_on_the_data_that_its_id_was_made_of(tmp_path: Path) -> None:
+    """The data is checked anew between planning and starting, as while a job waits in a queue."""
+    config = make_cell(tmp_path, "llama")
+    planned = make_stage(config, Step.pretrain, {}).data.content_hash
+    (Path(config.paths.data) / "toy" / "images" / "1.png").write_bytes(b"")
+    check_data(config.pretrain_data, config.paths, 0, lambda text: None)
+    config.max_quarantined = 0.1
+    with pytest.raises(DataError, match=f"planned for data {planned[:12]}, and what is checked now is"):
+        make_stage(config, Step.pretrain, {}, planned_data=planned)
+    make_stage(config, Step.pretrain, {})

@@ -240,7 +240,7 @@ class Counted(Pieces):
         (b'{"id": 5}{', "expected a comma or the end of the list, found an object at byte 47"),
         (b"5x", "expected a comma or the end of the list, found 'x' at byte 39"),
         (b'{"id": 01}', "Expecting ',' delimiter at byte 46"),
-        (b'{"id": "a\nb"}', "Invalid control character at at byte 47"),
+        (b'{"id": "a\nb"}', "Invalid control character at byte 47"),
         (b"nul", "Expecting value at byte 38"),
         (b'["\\q"]', "Invalid .*escape.* at byte 40"),
         (b'{"id": "\xff"} \xff', "found byte 0xff, which is no UTF-8 at byte 50"),
