@@ -108,7 +108,11 @@ def test_check_passes_without_a_skip(root: Path) -> None:
 def test_both_steps_train(root: Path) -> None:
     data = [f"{kind}_data.{key}={value}" for kind in ("pretrain", "finetune") for key, value in TOY.items()]
     steps = ["stage=finetune", "recipe=digits", "stage.pretrain.max_steps=1", "stage.finetune.max_steps=1"]
-    done = run("train", *CELL, *data, *steps, "trainer=cpu", "tracking=none", root=root)
+    cell = [*CELL, *data, *steps, "trainer=cpu", "tracking=none"]
+    refused = run("train", *cell, root=root)
+    assert refused.returncode == 2
+    assert "data check pretrain_data=lcs pretrain_data.folder=toy pretrain_data.records=rec" in refused.stderr
+    done = run("train", *cell, "unchecked_data=check", root=root)
     assert done.returncode == 0, done.stderr
     for step in ("pretrain", "finetune"):
         (file,) = root.glob(f"runs/qwen_mini-vit_mini-*.{step}.*/metrics.jsonl")

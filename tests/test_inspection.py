@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from morebench.data import images
 from morebench.data.findings import Kind, SampleError
@@ -218,10 +218,10 @@ def test_what_cannot_be_used_is_a_finding_of_its_kind(name: str):
 
 
 def test_too_little_memory_is_a_finding(monkeypatch: pytest.MonkeyPatch):
-    def convert(*_: object) -> None:
+    def load(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Image.Image, "convert", convert)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     assert inspect_image(GOOD["a.png"], "a.png").problem == (
         Kind.too_large,
         "decoding it takes more memory than there is.",

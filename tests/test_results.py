@@ -134,10 +134,7 @@ def test_footnotes_are_what_the_manifests_say(rows: list[ReportRow]):
     )
     notes = footnotes(load_results(rows, columns()))
     assert "Prompts and scorers: profile paper." in notes
-    assert (
-        "finetune: 2 records quarantined: no sample, or an image that is missing or damaged (every row)."
-        in notes
-    )
+    assert "finetune: 2 records quarantined, their image or text being unusable (every row)." in notes
     assert "pretrain: 1,234 samples cut at the maximum length (Gemma-2-tiny + SigLIP-tiny)." in notes
     assert (
         "Anomaly, pretrain: resumed on another world size: not bit-exact (Gemma-2-tiny + SigLIP-tiny)."

@@ -1,8 +1,11 @@
 """Content of what a cell starts from: hashes of weights and data, or a note that they are not here."""
 
+import shlex
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
+from morebench.config.compose import compose_config
 from morebench.config.schema import Config, Paths, TaskData, TrainingData, Weights
 from morebench.data.checked import DataState, Status, data_state, usability_problems
 from morebench.evaluation.records import task_hash
@@ -45,13 +48,10 @@ class Sources:
             if state.status is Status.absent:
                 folder = Path(config.paths.data) / data.folder
                 return _no_file(data.label, folder, data.records, data.build is not None)
-            lists = {"also_quarantine": data.also_quarantine, "allowed_links": data.allowed_links}
-            given = [f"'{group}.{key}=[{','.join(values)}]'" for key, values in lists.items() if values]
-            command = " ".join(["python -m morebench.data check", f"{group}={choice}", *given])
-            return (
-                f"data: {data.label}: {state.reason}. Run `{command}`, or have it checked first: "
-                "unchecked_data=check"
+            mend = (
+                f"Run `{_check_command(group, choice, data)}`, or have it checked first: unchecked_data=check"
             )
+            return f"data: {data.label}: {state.reason}. {mend}"
 
         found = self._hash(key, look, absence)
         manifest = self.data_states[key].manifest
@@ -79,6 +79,19 @@ class Sources:
                 self.missing[absence()] = None
             self._known[key] = found or f"not here: {key[:3]}"
         return self._known[key]
+
+
+def _check_command(group: str, choice: str, data: TrainingData) -> str:
+    """With what was overridden of the choice's file."""
+    words = ["python -m morebench.data check", f"{group}={choice}"]
+    plain = getattr(compose_config([f"{group}={choice}"]).config, group)
+    for field in fields(data):
+        value = getattr(data, field.name)
+        if value == getattr(plain, field.name) or field.name in ("label", "build"):
+            continue
+        text = f"[{','.join(value)}]" if isinstance(value, list) else f"{'null' if value is None else value}"
+        words.append(shlex.quote(f"{group}.{field.name}={text}"))
+    return " ".join(words)
 
 
 def _no_file(label: str, folder: Path, wanted: str, is_built: bool) -> str:
