@@ -367,6 +367,9 @@ def test_token_lengths_are_measured_of_what_is_left(tmp_path: Path) -> None:
     assert (facts["tokens"], facts["supervised"]) == (sum(range(100, 108)), 7)
     assert (facts["truncated"], facts["unsupervised"]) == (8, 1)
     assert sum(facts["counts"]) == 8
+    assert run(tmp_path).data.manifest.tokens == {"phi": facts}  # still true of the same samples
+    write_data(tmp_path, [record(i) for i in range(1, 5)])
+    assert run(tmp_path).data.manifest.tokens == {}
     characters = found.data.manifest.characters
     assert characters["quantiles"]["100"] == max(
         len(turn.question) + len(turn.answer) for sample in found.data.samples for turn in sample.turns

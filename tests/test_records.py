@@ -186,7 +186,7 @@ def test_no_usable_record_is_an_error_that_names_them(tmp_path: Path):
         ('[{"id": 1, "a" 2}]', "Expecting ':' delimiter at byte 15, in the record that begins at byte 1"),
         ('["ü", tru]', "Expecting value at byte 7"),
         ('["\\x"]', "Invalid .escape.* at byte 2, in the record"),
-        ('["', "Unterminated string starting at at byte 1"),
+        ('["', "Unterminated string starting at byte 1"),
         (b"\xff\xfe[", "UTF-8"),
     ],
 )

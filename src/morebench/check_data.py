@@ -6,6 +6,7 @@
 
 Takes the overrides of `python -m morebench.train -m`, workers=N (processes; all cores if not given), and
 again=true (read every image, also those that have kept their size and times).
+
 Checked are the data sets that are named, or else both of every cell. Where the tokenizers of the cells' LLMs
 are here, token lengths are measured too: training uses them.
 

@@ -147,7 +147,7 @@ def data_state(data: TrainingData, paths: Paths) -> DataState:
         stat = records.stat()
     except OSError:
         return DataState(data, Status.absent, f"{records} does not exist")
-    manifest = _read_manifest(check_folder(data, paths))
+    manifest = read_manifest(check_folder(data, paths))
     if manifest is None:
         return DataState(data, Status.unchecked, f"{records} has not been checked")
     if (manifest.records["size"], manifest.records["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
@@ -245,7 +245,7 @@ def hash_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """None while there is none, and for one that is damaged, of another version, or not in one piece."""
     try:
         manifest = Manifest(**json.loads((folder / MANIFEST).read_bytes()))

@@ -81,6 +81,7 @@ def _check(
     images = ImageFolder(folder / data.images, data.allowed_links)
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
+    before = checked.read_manifest(out)
     (out / checked.MANIFEST).unlink(missing_ok=True)  # from here on, what lies there is in the making
     table, num_looked_at = looks.look_at_all(names, images, out, workers, again=again)
     looks.write_table(table, out)
@@ -109,6 +110,8 @@ def _check(
         characters=character_facts(samples),
     )
     tokens, problems = _measured(CheckedData(samples, images, out, manifest), measures)
+    if before is not None and before.content_hash == manifest.content_hash:
+        tokens = {**before.tokens, **tokens}  # of the same samples
     manifest = replace(manifest, tokens=tokens)
     pictures.draw_lengths(manifest, out / pictures.LENGTHS)
     suspicious = [finding for finding in [*bad, *kept] if finding.image is not None]
