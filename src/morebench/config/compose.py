@@ -4,6 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from math import inf
 from pathlib import Path
@@ -250,7 +251,13 @@ def load_chat_format(chat_format: str | dict[str, Any]) -> dict[str, Any]:
     """A chat format as data: given as it is, or in `conf/chat_formats/<chat_format>.yaml`."""
     if isinstance(chat_format, dict):
         return chat_format
-    return cast(dict[str, Any], yaml.safe_load(_read("chat_formats", f"{chat_format}.yaml")))
+    return deepcopy(_parsed(_read("chat_formats", f"{chat_format}.yaml")))
+
+
+@functools.lru_cache
+def _parsed(text: str) -> dict[str, Any]:
+    """A thousand cells share a few formats, and YAML is slow."""
+    return cast(dict[str, Any], yaml.safe_load(text))
 
 
 def _read(kind: str, name: str) -> str:
