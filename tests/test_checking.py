@@ -271,7 +271,8 @@ def test_an_interrupted_check_keeps_what_it_has_seen(tmp_path: Path, monkeypatch
     whole, _ = looks.look_at_all(names, ImageFolder(images), tmp_path / "other", 0)
     assert table.equals(whole)
     looks.write_table(table, tmp_path)
-    assert not (tmp_path / looks.PARTS).exists()
+    looks.remove_parts(tmp_path)
+    assert looks.look_at_all(names, ImageFolder(images), tmp_path, 0)[1] == 0
 
 
 def test_a_file_that_kept_its_size_and_time_is_read_again(tmp_path: Path) -> None:
@@ -290,6 +291,27 @@ def test_a_file_that_kept_its_size_and_time_is_read_again(tmp_path: Path) -> Non
     put(good)
     assert run(tmp_path).data.content_hash == whole
     assert run(tmp_path, again=True).num_looked_at == 4
+
+
+def test_a_check_that_goes_on_leaves_the_one_before_in_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that starts meanwhile must neither fail nor see half of it."""
+    write(tmp_path)
+    before = run(tmp_path).data.content_hash
+    opened = []
+    draw = pictures.draw_lengths
+
+    def open_meanwhile(*arguments: Any) -> None:
+        opened.append(checked.open_checked(toy_data(), paths_below(tmp_path)).content_hash)
+        draw(*arguments)
+
+    monkeypatch.setattr(pictures, "draw_lengths", open_meanwhile)
+    (tmp_path / "data" / "toy" / "images" / "0.png").write_bytes(b"")
+    after = run(tmp_path).data.content_hash
+    run(tmp_path)
+    assert opened == [before, after]
+    assert before != after
 
 
 def test_what_is_left_behind_by_a_killed_check_goes(tmp_path: Path) -> None:

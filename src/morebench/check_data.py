@@ -130,18 +130,23 @@ def _is_below(override: Override, group: str) -> bool:
 
 
 def _wanted(cells: Sequence[Composed], groups: Sequence[str]) -> dict[str, tuple[TrainingData, Config]]:
-    """Every data set once, by its place."""
+    """Every data set once, by its place. Raises ConfigError where one is to be checked in two ways."""
     found: dict[str, tuple[TrainingData, Config]] = {}
+    problems: dict[str, None] = {}
     for group in groups:
         for cell in cells:
             data: TrainingData = getattr(cell.config, group)
-            known, _ = found.setdefault(f"{group} {data.folder}/{data.records}", (data, cell.config))
-            if known != data:
-                raise ConfigError(
-                    f"{group}: {data.folder}/{data.records} is to be checked in two ways: {data} and {known}."
-                    " A data set has one check: give one value of each key."
-                )
+            known, _ = found.setdefault(_place(data), (data, cell.config))
+            for key in ("images", "allowed_links", "also_quarantine"):
+                if (one := getattr(known, key)) != (other := getattr(data, key)):
+                    problems[f"{_place(data)} has one check, but {key} is {one} and {other} here."] = None
+    if problems:
+        raise ConfigError(join_problems(problems))
     return found
+
+
+def _place(data: TrainingData) -> str:
+    return f"{data.folder}/{data.records}"
 
 
 def _measures(
@@ -159,9 +164,9 @@ def _measures(
             continue
         for group, step in GROUPS.items():
             data: TrainingData = getattr(config, group)
-            key = f"{group} {data.folder}/{data.records}"
+            key = _place(data)
             job = LengthJob.of(config, step, folder)
-            if key in wanted and (identity := f"{key} {job}") not in seen:
+            if key in wanted and (identity := f"{key} {step} {job}") not in seen:
                 seen.add(identity)
                 name = f"{cell.choices['llm']}, {job.num_visual_tokens} visual tokens"
                 name += f", at most {job.max_length:,}"

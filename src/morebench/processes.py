@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 
 
@@ -22,6 +24,16 @@ def start_pool_process() -> None:
     """Initializer of a pool: the parent alone acts on Ctrl-C, and takes its processes with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave_with_parent(signal.SIGKILL)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until afterwards: a process that is started meanwhile never sees it, not even early on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _watch(number: signal.Signals) -> None:

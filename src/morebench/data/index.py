@@ -16,7 +16,7 @@ from morebench.data.chat import ChatFormat
 from morebench.data.once import once
 from morebench.data.records import Sample
 from morebench.errors import DataError, join_problems
-from morebench.processes import start_pool_process, usable_cores
+from morebench.processes import interrupts_held, start_pool_process, usable_cores
 from morebench.progress import Progress
 
 if TYPE_CHECKING:
@@ -123,7 +123,9 @@ def _measure(job: _Job) -> np.ndarray:
             ProcessPoolExecutor(usable_cores(), context, initializer=_start, initargs=(job,)) as pool,
             Progress(f"token lengths, {job.chat.label}", total) as progress,
         ):
-            for chunk, one in zip(chunks, pool.map(_measure_in_worker, chunks), strict=True):
+            with interrupts_held():
+                measured = pool.map(_measure_in_worker, chunks)
+            for chunk, one in zip(chunks, measured, strict=True):
                 found.append(one)
                 progress.update(chunk.stop)
     if problems := [problem for _, some in found for problem in some]:

@@ -52,12 +52,18 @@ def alone(path: Path) -> Iterator[None]:
 @contextmanager
 def _held(lock: Path) -> Iterator[bool]:
     lock.parent.mkdir(parents=True, exist_ok=True)
+    token, done = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}", Event()
     try:
-        os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        file = lock.open("x")
     except FileExistsError:
         yield False
         return
-    token, done = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}", Event()
+    try:
+        with file:
+            file.write(f"{token} 0")
+    except OSError:  # a full disk: an empty lock would be waited for
+        lock.unlink(missing_ok=True)
+        raise
     beating = Thread(target=_beat, args=(lock, token, done), daemon=True)
     beating.start()
     try:
@@ -70,16 +76,14 @@ def _held(lock: Path) -> Iterator[bool]:
 
 
 def _beat(lock: Path, token: str, done: Event) -> None:
-    aside, count = lock.with_name(f"{lock.name}.{token.split()[-1]}"), 0
-    while True:
+    aside, count = lock.with_name(f"{lock.name}.{token.split()[-1]}"), 1
+    while not done.wait(BEAT):
         try:
             aside.write_text(f"{token} {count}")
             aside.replace(lock)
         except OSError:  # a full disk: the work itself will say so
             aside.unlink(missing_ok=True)
         count += 1
-        if done.wait(BEAT):
-            return
 
 
 def _is_dead(content: str) -> bool:

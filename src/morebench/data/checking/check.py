@@ -82,13 +82,8 @@ def _check(
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
     before = checked.read_manifest(out)
-    (out / checked.MANIFEST).unlink(missing_ok=True)  # from here on, what lies there is in the making
     table, num_looked_at = looks.look_at_all(names, images, out, workers, again=again)
-    looks.write_table(table, out)
-
     bad, kept, kept_counts = _findings(store, names, table, _also(data))
-    replace_text(out / checked.QUARANTINE, _lines(bad))
-    replace_text(out / checked.FINDINGS, _lines(kept))
     numbers = [finding.record for finding in bad]
     samples = checked.without(store, numbers)
     manifest = Manifest(
@@ -104,19 +99,29 @@ def _check(
         quarantined=_counted(finding.kind for finding in bad),
         kept=kept_counts,
         content_hash=checked.content_hash(store.sha256, names, _digests(table), numbers),
-        quarantine_sha256=checked.hash_of(out / checked.QUARANTINE),
-        images_sha256=checked.hash_of(out / looks.TABLE),
+        quarantine_sha256="",
+        images_sha256="",
         checked=datetime.now(UTC).isoformat(timespec="seconds"),
         characters=character_facts(samples),
     )
     tokens, problems = _measured(CheckedData(samples, images, out, manifest), measures)
     if before is not None and before.content_hash == manifest.content_hash:
         tokens = {**before.tokens, **tokens}  # of the same samples
-    manifest = replace(manifest, tokens=tokens)
-    pictures.draw_lengths(manifest, out / pictures.LENGTHS)
+    pictures.draw_lengths(replace(manifest, tokens=tokens), out / pictures.LENGTHS)
     suspicious = [finding for finding in [*bad, *kept] if finding.image is not None]
     pictures.draw_suspicious(suspicious, images, out / pictures.SUSPICIOUS)
+    # what is replaced from here on, the manifest of before does not fit any more
+    looks.write_table(table, out)
+    replace_text(out / checked.QUARANTINE, _lines(bad))
+    replace_text(out / checked.FINDINGS, _lines(kept))
+    manifest = replace(
+        manifest,
+        tokens=tokens,
+        quarantine_sha256=checked.hash_of(out / checked.QUARANTINE),
+        images_sha256=checked.hash_of(out / looks.TABLE),
+    )
     checked.write_manifest(manifest, out)
+    looks.remove_parts(out)
     return Checked(CheckedData(samples, images, out, manifest), num_looked_at, problems)
 
 

@@ -25,7 +25,7 @@ from morebench.data.findings import Kind, SampleError
 from morebench.data.image_folder import ImageFolder
 from morebench.data.images import read_image
 from morebench.data.inspection import inspect_image
-from morebench.processes import start_pool_process
+from morebench.processes import interrupts_held, start_pool_process
 from morebench.progress import Progress
 
 VERSION = "2"
@@ -119,9 +119,8 @@ def look_at_all(
     again: nothing counts as known.
     """
     if again:
-        (folder / TABLE).unlink(missing_ok=True)
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
-    known = _known(folder)
+        remove_parts(folder)
+    known = SCHEMA.empty_table() if again else _known(folder)
     wanted = pa.array(names, pa.string())
     rows = pc.index_in(wanted, value_set=known.column("name").combine_chunks()).fill_null(-1).to_numpy()
     usable = known.column("kind").is_null().to_numpy()
@@ -148,8 +147,11 @@ def look_at_all(
 
 
 def write_table(table: pa.Table, folder: Path) -> None:
-    """The parts that it was made of go."""
     replace_file(folder / TABLE, lambda aside: _write(table, aside))
+
+
+def remove_parts(folder: Path) -> None:
+    """Once the table is written that was made of them."""
     shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
@@ -207,7 +209,8 @@ def _spread(work: Callable[[str], Look], names: Sequence[str], workers: int) -> 
             try:
                 while waiting or running:
                     while waiting and len(running) < 2 * workers:
-                        future = pool.submit(_look_at_chunk, work, waiting[0])  # raises if one has died
+                        with interrupts_held():
+                            future = pool.submit(_look_at_chunk, work, waiting[0])  # raises if one has died
                         running[future] = waiting.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         found = future.result()
@@ -228,7 +231,9 @@ def _one_by_one(work: Callable[[str], Look], names: Sequence[str]) -> Iterator[l
         with _pool(1) as pool:
             try:
                 while waiting:
-                    found = pool.submit(_look_at_chunk, work, [waiting[0]]).result()
+                    with interrupts_held():
+                        future = pool.submit(_look_at_chunk, work, [waiting[0]])
+                    found = future.result()
                     waiting.popleft()
                     yield found
             except BrokenProcessPool:
