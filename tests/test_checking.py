@@ -227,6 +227,21 @@ def die(images: ImageFolder, name: str) -> Look:
     return look(images, name)
 
 
+def test_processes_look_at_every_image_once(tmp_path: Path) -> None:
+    images = write(tmp_path, 200)
+    names = [f"{number}.png" for number in range(199)]
+    inside, _ = looks.look_at_all(names, ImageFolder(images), tmp_path / "a", 0)
+    outside, looked = looks.look_at_all(names, ImageFolder(images), tmp_path / "b", 1)
+    assert looked == 199
+    assert outside.equals(inside)
+
+
+def test_what_had_a_problem_is_read_again(tmp_path: Path) -> None:
+    (write(tmp_path) / "1.png").write_bytes(b"no image")
+    assert run(tmp_path).num_looked_at == 4
+    assert run(tmp_path).num_looked_at == 1
+
+
 def test_images_that_end_the_process_are_findings(tmp_path: Path) -> None:
     images = write(tmp_path, 200)
     names = [f"{number}.png" for number in range(199)]

@@ -231,6 +231,7 @@ def test_quarantined_samples_are_counted_and_change_the_run(copy: Path) -> None:
     manifest = json.loads(path.read_text())
     assert (manifest["quarantined"], manifest["data"]["num_samples"]) == (1, 95)
     assert manifest["data"]["quarantined"] == {"damaged": 1}
+    assert manifest["planned_data"] == manifest["data"]["content_hash"]
     again = run("data", "check", "pretrain_data=digits", root=copy)
     assert again.returncode == 2
     assert "more than max_quarantined=0.001" in again.stderr
