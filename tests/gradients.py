@@ -19,7 +19,7 @@ from morebench.data.datamodule import Loader
 from morebench.training.module import StageModule
 from morebench.training.signals import StopRequest
 from morebench.training.stage import make_stage
-from morebench.training.strategy import loss_factor, make_trainer, quiet_libraries
+from morebench.training.strategy import make_trainer, quiet_libraries, sharding_of
 
 
 class Recorder(Callback):
@@ -51,10 +51,9 @@ def ours(config: Config, micro_batches: int, pretrained: Path) -> tuple[float, d
             stage.recipe,
             num_steps=1,
             first_step=0,
-            loss_factor=loss_factor(trainer),
+            sharding=sharding_of(trainer),
             samples=[],
             stop=StopRequest(),
-            optimizer_state=None,
         )
         trainer.fit(module, Loader(stage.dataset(plan, trainer.global_rank), 0, 0))
     return module.stats.loss, recorder.gradients

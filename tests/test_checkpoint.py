@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from morebench.errors import DiskFullError, RunError
+from morebench.training.fragments import read_whole, whole
 from morebench.training.resume import (
     newest_checkpoint,
-    optimizer_tensors,
     restore_optimizer,
     restore_parameters,
     save_checkpoint,
 )
 from morebench.training.telemetry import MetricsFile, lines_before
 
-TENSORS = {"parameters": {"a": torch.arange(6.0)}, "random": {"cpu": torch.zeros(3, dtype=torch.uint8)}}
+TENSORS = {
+    "parameters": {"a": whole(torch.arange(6.0).view(2, 3))},
+    "random": {"cpu": whole(torch.zeros(3, dtype=torch.uint8))},
+}
 
 
 def test_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
@@ -25,7 +28,10 @@ def test_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
     found = newest_checkpoint(tmp_path, print)
     assert found is not None
     assert (found.step, found.facts) == (3, {"seconds": 1.5})
-    assert torch.equal(found.load("parameters")["a"], TENSORS["parameters"]["a"])
+    pieces = found.pieces("parameters")
+    assert pieces.shapes == {"a": (2, 3)}
+    assert torch.equal(read_whole(pieces, "a"), torch.arange(6.0).view(2, 3))
+    assert torch.equal(pieces.read("a", 2, 5), torch.arange(2.0, 5.0))
     assert not [path for path in tmp_path.rglob("*") if path.suffix not in ("", ".safetensors", ".json")]
 
 
@@ -86,7 +92,11 @@ def test_optimizer_state_comes_back(tmp_path: Path) -> None:
     new, new_optimizer = make()
     names = ["a.weight", "a.weight_2"]  # one name begins like the other
     restore_parameters(dict(zip(names, new, strict=True)), dict(zip(names, old, strict=True)))
-    tensors = {name: value.clone() for name, value in optimizer_tensors(old_optimizer, names).items()}
+    tensors = {
+        f"{name}/{key}": value.clone()
+        for name, parameter in zip(names, old, strict=True)
+        for key, value in old_optimizer.state[parameter].items()
+    }
     restore_optimizer(new_optimizer, names, tensors)
     for parameters, optimizer in ((old, old_optimizer), (new, new_optimizer)):
         step(parameters, optimizer)
@@ -111,9 +121,10 @@ _FULL_DISK = """
 import sys, torch
 from pathlib import Path
 from morebench.errors import DiskFullError
+from morebench.training.fragments import whole
 from morebench.training.resume import newest_checkpoint, save_checkpoint
 root = Path(sys.argv[1])
-small, large = ({"parameters": {"a": torch.randn(size)}} for size in (1000, 40000))
+small, large = ({"parameters": {"a": whole(torch.randn(size))}} for size in (1000, 40000))
 save_checkpoint(root, 1, small, {})
 try:
     save_checkpoint(root, 2, large, {})

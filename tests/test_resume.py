@@ -12,6 +12,8 @@ from training_processes import finish, start, train_until_fsync, train_until_lin
 
 from morebench.config.schema import Config, Step
 from morebench.errors import Interrupted, RunError
+from morebench.training.fragments import read_whole
+from morebench.training.fragments import whole as whole_piece
 from morebench.training.module import StageModule
 from morebench.training.resume import (
     newest_checkpoint,
@@ -20,7 +22,7 @@ from morebench.training.resume import (
 from morebench.training.run import train
 from morebench.training.telemetry import MetricsFile
 
-TENSORS = {"parameters": {"a": torch.zeros(1)}}
+TENSORS = {"parameters": {"a": whole_piece(torch.zeros(1))}}
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +166,14 @@ def test_checkpoint_of_another_model_is_refused(
     _interrupt_after(1, config, tmp_path, monkeypatch)
     checkpoint = newest_checkpoint(tmp_path / "checkpoints", print)
     assert checkpoint is not None
-    parameters = {name: torch.zeros(3) for name in checkpoint.load("parameters")}
-    tensors = {**{name: checkpoint.load(name) for name in ("optimizer", "random")}, "parameters": parameters}
+    stored = {name: checkpoint.pieces(name) for name in ("optimizer", "random")}
+    tensors = {
+        name: {key: whole_piece(read_whole(pieces, key)) for key in pieces.shapes}
+        for name, pieces in stored.items()
+    }
+    tensors["parameters"] = {
+        key: whole_piece(torch.zeros(3)) for key in checkpoint.pieces("parameters").shapes
+    }
     save_checkpoint(tmp_path / "checkpoints", 5, tensors, checkpoint.facts)
     with pytest.raises(RunError, match=r"another model: names or shapes differ at .*Remove the run folder's"):
         train(config, Step.pretrain, tmp_path, {})

@@ -18,7 +18,7 @@ from morebench.training.run import train
 from morebench.training.schedule import cosine_with_warmup, num_warmup_steps
 from morebench.training.signals import StopRequest
 from morebench.training.stage import make_stage
-from morebench.training.strategy import make_trainer
+from morebench.training.strategy import make_trainer, sharding_of
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +113,9 @@ def test_optimizer_holds_the_trainable_parameters_alone(config: Config) -> None:
         stage.recipe,
         num_steps=1,
         first_step=0,
-        loss_factor=1.0,
+        sharding=sharding_of(make_trainer(config.trainer, stage.recipe)),
         samples=[],
         stop=StopRequest(),
-        optimizer_state=None,
     )
     held = {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
     assert held == {id(p) for p in stage.mllm.projector.parameters()}
@@ -222,11 +221,6 @@ def test_s2_trains(config: Config, tmp_path: Path) -> None:
     train(s2, Step.pretrain, tmp_path, {})
     assert load_file(tmp_path / "projector.safetensors")["0.weight"].shape == (32, 2 * 16)
     assert math.isfinite(metrics(tmp_path)[0]["loss"])
-
-
-def test_unknown_strategy_is_refused(config: Config) -> None:
-    with pytest.raises(ConfigError, match=r"'magic'. There are: auto, ddp"):
-        make_trainer(with_trainer(config, strategy="magic").trainer, config.stage.pretrain)
 
 
 def test_a_chat_format_of_another_family_is_refused_before_a_sample_is_read(config: Config) -> None:

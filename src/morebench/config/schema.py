@@ -68,6 +68,31 @@ class Precision(Enum):
     bf16 = "bf16"  # autocast; trained parameters keep fp32 master copies
 
 
+class Strategy(Enum):
+    """How the ranks of a run share the model."""
+
+    auto = "auto"  # ddp for several devices
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+    zero2 = "zero2"  # DeepSpeed
+    zero3 = "zero3"
+
+
+class Attention(Enum):
+    """How packed attention is computed; see morebench.models.attention."""
+
+    auto = "auto"  # measured on a GPU
+    loop = "loop"  # over samples
+    flex = "flex"
+    varlen = "varlen"
+
+
+class LossKernel(Enum):
+    auto = "auto"  # measured on a GPU
+    torch = "torch"
+    liger = "liger"
+
+
 class UncheckedData(Enum):
     """What a train step does about data that `morebench.data check` has not seen as it is now."""
 
@@ -175,6 +200,8 @@ class TrainRecipe:
     warmup_ratio: float = bounded(0, 1)  # share of the optimizer steps
     optimizer: Optimizer
     gradient_clip_val: float | None = bounded(0)
+    max_skipped_steps: int = bounded(0)  # optimizer steps with NaN or inf that may be left out
+    validation_samples: int = bounded(0)  # kept out of training, chosen by hash
     order: Order
     precision: Precision
 
@@ -244,11 +271,18 @@ class Trainer:
     accelerator: str  # cpu, gpu or auto
     devices: str  # a count, or auto
     num_nodes: int = bounded(1)
-    strategy: str  # auto or ddp
+    strategy: Strategy
     num_workers: int = bounded(0)  # data-loading processes per rank
     threads: int | None = bounded(1)  # CPU threads per rank; null: all cores shared by the parallel steps
-    micro_batch_tokens: int = bounded(1)  # tokens one device takes at once
+    micro_batch_tokens: int | None = bounded(1)  # tokens one device takes at once; null: as memory allows
+    recompute: float | None = bounded(0, 1)  # share of the LLM's blocks, in finetune; null: as memory demands
+    attention: Attention
+    loss_kernel: LossKernel
+    compile: bool | None  # the LLM's blocks, by torch.compile; null: where it is faster
     checkpoint_every_n_steps: int = bounded(1)
+    checkpoint_every_n_minutes: float = bounded(0)  # whichever of the two comes first
+    hang_timeout_minutes: float = bounded(0)  # without a micro-batch; then the run ends and can be resumed
+    gpu: str | None  # file stem below conf/gpus that `plan` estimates for; null: the one of this machine
     evaluate_batch_size: int = bounded(1)
 
 

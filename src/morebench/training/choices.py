@@ -14,7 +14,7 @@ class Machine:
 
     device: str  # cpu, cuda
     world_size: int
-    micro_batch_tokens: int
+    micro_batch_tokens: int  # as found from memory where the config leaves it open
     asked_threads: int | None
     features: str = Features.computed.name  # checkpoints that do not say computed theirs
 
@@ -35,7 +35,9 @@ class Choices:
 
 def this_machine(config: Config, device: str, world_size: int) -> Machine:
     trainer = config.trainer
-    return Machine(device, world_size, trainer.micro_batch_tokens, trainer.threads, config.features.name)
+    return Machine(
+        device, world_size, trainer.micro_batch_tokens or 16384, trainer.threads, config.features.name
+    )
 
 
 def threads_for(config: Trainer) -> int:

@@ -1,6 +1,6 @@
 """The LightningModule: one global batch, in bins, is one optimizer step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,8 @@ from morebench.config import schema
 from morebench.data.batch import Batch
 from morebench.data.records import Sample
 from morebench.errors import NonFiniteError
-from morebench.training.resume import restore_optimizer
 from morebench.training.schedule import cosine_with_warmup, num_warmup_steps
+from morebench.training.sharding import Sharding
 from morebench.training.signals import StopRequest
 
 
@@ -42,21 +42,19 @@ class StageModule(LightningModule):
         *,
         num_steps: int,
         first_step: int,
-        loss_factor: float,
+        sharding: Sharding,
         samples: Sequence[Sample],
         stop: StopRequest,
-        optimizer_state: Mapping[str, Tensor] | None,
     ) -> None:
         super().__init__()
         self.mllm = mllm
         self.recipe = recipe
         self.num_steps = num_steps
         self.next_step = first_step
-        self.loss_factor = loss_factor
+        self.sharding = sharding
         self._warmup_steps = num_warmup_steps(num_steps, recipe.warmup_ratio)
         self._samples = samples
         self._stop = stop
-        self._optimizer_state = optimizer_state
         self._seen: list[tuple[Tensor, Batch]] = []
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -65,7 +63,7 @@ class StageModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         facts = self.recipe.optimizer
-        optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             self.trained().values(),
             lr=facts.lr,
             betas=(facts.betas[0], facts.betas[1]),
@@ -73,21 +71,17 @@ class StageModule(LightningModule):
             weight_decay=facts.weight_decay,
             fused=True,  # one pass instead of a dozen; a fifth of the time on the CPU
         )
-        if self._optimizer_state is not None:
-            restore_optimizer(optimizer, list(self.trained()), self._optimizer_state)
-            self._optimizer_state = None
-        return optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss_sum: Tensor = self.mllm(batch)
         self._seen.append((loss_sum.detach(), batch))
         # a global batch without any supervised token (all truncated) is a step without a gradient
-        return loss_sum * (self.loss_factor / batch.num_supervised.clamp(min=1))
+        return loss_sum * (self.sharding.loss_factor / batch.num_supervised.clamp(min=1))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         seen, self._seen = self._seen, []
-        gradients = [value.grad for value in self.trained().values() if value.grad is not None]
-        grad_norm = nn.utils.get_total_norm(gradients)
+        trained = self.trained()
+        grad_norm = self.sharding.grad_norm(trained)
         totals = torch.stack(
             [
                 torch.stack([loss for loss, _ in seen]).double().sum(),
@@ -115,7 +109,7 @@ class StageModule(LightningModule):
             raise NonFiniteError(self._blame(seen))
         if self.recipe.gradient_clip_val is not None:
             # not left to Lightning: it refuses a fused optimizer in bf16, and would sum the norm again
-            nn.utils.clip_grads_with_norm_(self.trained().values(), self.recipe.gradient_clip_val, grad_norm)
+            self.sharding.clip(trained, self.recipe.gradient_clip_val, grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         self.next_step += 1

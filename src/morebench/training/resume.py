@@ -22,6 +22,7 @@ from torch import Tensor
 
 from morebench.errors import RunError
 from morebench.training.files import disk_full_named, remove_folder, replace, sha256, sync
+from morebench.training.fragments import Fragment, Pieces
 
 _META = "meta.json"
 _PREFIX = "step_"
@@ -33,13 +34,25 @@ class Checkpoint:
     step: int  # optimizer steps done, so the number of the next one
     facts: dict[str, Any]  # choices made by measurement, seconds spent
 
-    def load(self, name: str) -> dict[str, Tensor]:
-        """Tensors of `<name>.safetensors`, on the CPU."""
-        return load_file(self.folder / f"{name}.safetensors")
+    def pieces(self, name: str) -> Pieces:
+        """The tensors of `<name>.safetensors`."""
+        return _Stored(load_file(self.folder / f"{name}.safetensors"))
+
+
+class _Stored:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self._tensors.items()}
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._tensors[name].flatten()[start:stop]
 
 
 def save_checkpoint(
-    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
+    root: Path, step: int, tensors: Mapping[str, Mapping[str, Fragment]], facts: Mapping[str, Any]
 ) -> Path:
     """Write `root/step_<step>`, one safetensors file per key of `tensors`; then remove the older ones.
 
@@ -55,10 +68,11 @@ def save_checkpoint(
             hashes = {}
             for name, named in tensors.items():
                 path = aside / f"{name}.safetensors"
-                save_file({key: value.detach().contiguous() for key, value in named.items()}, path)
+                wholes = {key: piece.values.view(piece.shape) for key, piece in named.items()}
+                save_file(wholes, path)
                 sync(path)
                 hashes[path.name] = sha256(path)
-                _verify(path, named)
+                _verify(path, wholes)
             meta = {"step": step, "files": hashes, "facts": dict(facts)}
             (aside / _META).write_text(json.dumps({**meta, "sha256": _digest(meta)}))
             sync(aside / _META)
@@ -83,16 +97,6 @@ def newest_checkpoint(root: Path, report: Callable[[str], None]) -> Checkpoint |
             continue
         return Checkpoint(folder, meta["step"], meta["facts"])
     return None
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """State by `<parameter name>/<state name>`; `names` in the order of the optimizer's parameters."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {
-        f"{name}/{key}": value
-        for name, parameter in zip(names, parameters, strict=True)
-        for key, value in optimizer.state[parameter].items()
-    }
 
 
 def restore_optimizer(

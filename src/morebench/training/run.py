@@ -29,11 +29,11 @@ from morebench.training.files import (
 )
 from morebench.training.module import StageModule
 from morebench.training.provenance import provenance
-from morebench.training.resume import Checkpoint, newest_checkpoint, restore_parameters
+from morebench.training.resume import Checkpoint, newest_checkpoint
 from morebench.training.saving import Saver
 from morebench.training.signals import StopRequest
 from morebench.training.stage import Stage, make_stage, recipe_of
-from morebench.training.strategy import exact_arithmetic, loss_factor, make_trainer, quiet_libraries
+from morebench.training.strategy import exact_arithmetic, make_trainer, quiet_libraries, sharding_of
 from morebench.training.telemetry import MetricsFile, Telemetry
 
 METRICS = "metrics.jsonl"
@@ -127,15 +127,11 @@ def _fit(
         stage.recipe,
         num_steps=plan.num_steps,
         first_step=first_step,
-        loss_factor=loss_factor(trainer),
+        sharding=sharding_of(trainer),
         samples=stage.data.samples,
         stop=stop,
-        optimizer_state=checkpoint.load("optimizer") if checkpoint is not None else None,
     )
-    random_state = None
     if checkpoint is not None:
-        restore_parameters(module.trained(), checkpoint.load("parameters"))
-        random_state = checkpoint.load("random")["cpu"]
         _say(f"{label}: continuing after {first_step} of {plan.num_steps} optimizer steps.")
     dataset = stage.dataset(plan, trainer.global_rank)
     batches = Loader(dataset, first_step, config.trainer.num_workers)
@@ -153,7 +149,7 @@ def _fit(
             metrics,
             choices.facts(),
             started - (checkpoint.facts["seconds"] if checkpoint is not None else 0.0),
-            random_state,
+            checkpoint,
         )
         callbacks.append(saver)
         # the last, so that a signal that comes meanwhile is kept for the first step
@@ -161,7 +157,7 @@ def _fit(
             DryStep(
                 label,
                 lambda: dataset.micro_batch(*plan.heaviest(stage.memory())),
-                config.trainer.micro_batch_tokens,
+                choices.machine.micro_batch_tokens,
             )
         )
         try:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from morebench.errors import Interrupted
+from morebench.training.fragments import Fragment, read_whole, whole
 from morebench.training.module import StageModule
-from morebench.training.resume import optimizer_tensors, save_checkpoint
+from morebench.training.resume import Checkpoint, save_checkpoint
 from morebench.training.signals import StopRequest
 from morebench.training.telemetry import MetricsFile
 
@@ -27,7 +27,7 @@ class Saver(Callback):
         metrics: MetricsFile | None,
         choices: Mapping[str, Any],
         started: float,
-        random_state: Tensor | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
         self._root = root
         self._every_n_steps = every_n_steps
@@ -35,16 +35,21 @@ class Saver(Callback):
         self._metrics = metrics
         self._choices = choices
         self._started = started
-        self._random_state = random_state
+        self._checkpoint = checkpoint
 
     def seconds(self) -> float:
         """Of this run so far; `started` lies as far back as its checkpoint's earlier starts took."""
         return time.monotonic() - self._started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Here, because only now parameters and optimizer lie where the strategy puts them."""
+        assert isinstance(pl_module, StageModule)
         self._stop.install()
-        if self._random_state is not None:  # here, because making the loader's iterator draws a number
-            torch.set_rng_state(self._random_state)
+        if self._checkpoint is not None:
+            parameters, state = self._checkpoint.pieces("parameters"), self._checkpoint.pieces("optimizer")
+            pl_module.sharding.restore(trainer.optimizers[0], pl_module.trained(), parameters, state)
+            # making the loader's iterator drew a number
+            torch.set_rng_state(read_whole(self._checkpoint.pieces("random"), "cpu"))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,10 +75,10 @@ class Saver(Callback):
             return
         self._metrics.sync()
         trained = module.trained()
-        tensors: dict[str, Mapping[str, Tensor]] = {
-            "parameters": trained,
-            "optimizer": optimizer_tensors(trainer.optimizers[0], list(trained)),
-            "random": {"cpu": torch.get_rng_state()},
+        tensors: dict[str, Mapping[str, Fragment]] = {
+            "parameters": module.sharding.parameters(trained),
+            "optimizer": module.sharding.optimizer_state(trainer.optimizers[0], trained),
+            "random": {"cpu": whole(torch.get_rng_state())},
         }
         save_checkpoint(
             self._root, done, tensors, {"choices": dict(self._choices), "seconds": self.seconds()}

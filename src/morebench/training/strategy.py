@@ -13,8 +13,9 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from transformers.utils import logging as transformers_logging
 
-from morebench.config.schema import Precision, Trainer, TrainRecipe
+from morebench.config.schema import Precision, Strategy, Trainer, TrainRecipe
 from morebench.errors import ConfigError
+from morebench.training.sharding import Replicated, Sharding
 
 _PRECISION: dict[Precision, Any] = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed"}
 
@@ -22,9 +23,9 @@ _PRECISION: dict[Precision, Any] = {Precision.fp32: "32-true", Precision.bf16: "
 def make_trainer(machine: Trainer, recipe: TrainRecipe) -> LightningTrainer:
     """Bare: checkpoints, logs and progress are ours. One epoch: the loader holds the missing steps."""
     devices = num_devices(machine)
-    if machine.strategy not in ("auto", "ddp"):
-        raise ConfigError(f"trainer.strategy is {machine.strategy!r}. There are: auto, ddp.")
-    ddp = machine.strategy == "ddp" or devices * machine.num_nodes > 1
+    if machine.strategy not in (Strategy.auto, Strategy.ddp):
+        raise ConfigError(f"trainer.strategy={machine.strategy.name} is not there yet.")
+    ddp = machine.strategy is Strategy.ddp or devices * machine.num_nodes > 1
     return LightningTrainer(
         barebones=True,
         accelerator=machine.accelerator,
@@ -47,18 +48,12 @@ def num_devices(machine: Trainer) -> int:
     return torch.cuda.device_count() if uses_gpus else 1
 
 
-def loss_factor(trainer: LightningTrainer) -> float:
-    """What a micro-batch's share of the global loss is multiplied with, so that gradients *add up*.
-
-    A bin gives (its loss sum) / (supervised tokens of the whole global batch); the gradient of the global
-    batch is the sum of these over all bins. Lightning divides each by `accumulate_grad_batches`, and DDP
-    takes the mean over ranks; both are undone here.
-    """
+def sharding_of(trainer: LightningTrainer) -> Sharding:
     if isinstance(trainer.strategy, SingleDeviceStrategy):
-        return float(trainer.accumulate_grad_batches)
+        return Replicated(trainer, mean_over_ranks=False)
     if isinstance(trainer.strategy, DDPStrategy):
-        return float(trainer.accumulate_grad_batches * trainer.world_size)
-    raise ConfigError(f"No loss factor is known for {type(trainer.strategy).__name__}.")
+        return Replicated(trainer, mean_over_ranks=True)
+    raise ConfigError(f"Nothing is known about sharding under {type(trainer.strategy).__name__}.")
 
 
 @contextmanager
