@@ -33,9 +33,9 @@ from morebench.training.provenance import provenance
 from morebench.training.resume import Checkpoint, newest_checkpoint
 from morebench.training.saving import Saver
 from morebench.training.signals import StopRequest
+from morebench.training.spent import Spent, read_lines, spent_before, totals
 from morebench.training.stage import Stage, make_stage, recipe_of
 from morebench.training.strategy import exact_arithmetic, make_trainer, quiet_libraries, sharding_of
-from morebench.training.spent import Spent, read_lines, spent_before, totals
 from morebench.training.telemetry import Expense, MetricsFile, Telemetry, device_peak
 from morebench.training.validation import Validation
 
