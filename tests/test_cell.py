@@ -60,6 +60,7 @@ def test_what_cannot_change_the_weights_is_not_in_the_id(sources, overrides):
         ("llm.chat_format=v1", Step.finetune),  # pretrain uses the plain format
         ("stage.finetune.optimizer.lr=1", Step.finetune),
         ("stage.finetune.order=modality", Step.finetune),
+        ("stage.finetune.validation_samples=9", Step.finetune),
         ("finetune_data=digits", Step.finetune),
         ("stage.evaluate.profile=lmms_eval_0_7_3", Step.evaluate),
         ("suite=digits", Step.evaluate),

@@ -15,7 +15,7 @@ from morebench.training.resume import (
     restore_parameters,
     save_checkpoint,
 )
-from morebench.training.telemetry import MetricsFile, lines_before
+from morebench.training.telemetry import MetricsFile
 
 TENSORS = {
     "parameters": {"a": whole(torch.arange(6.0).view(2, 3))},
@@ -112,9 +112,12 @@ def test_missing_optimizer_state_is_refused() -> None:
 def test_metrics_are_cut_at_the_checkpoint_and_at_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
-    assert lines_before(path, 2) == ['{"step": 0}', '{"step": 1}']
-    assert lines_before(path, 9) == ['{"step": 0}', '{"step": 1}', '{"step": 2}']
-    assert lines_before(tmp_path / "absent.jsonl", 1) == []
+    for first_step, steps in ((9, [0, 1, 2]), (2, [0, 1])):
+        with MetricsFile(path, first_step):
+            assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in steps)
+    with MetricsFile(tmp_path / "absent.jsonl", 1) as metrics:
+        metrics.append({"step": 1})
+    assert (tmp_path / "absent.jsonl").read_text() == '{"step": 1}\n'
 
 
 _FULL_DISK = """

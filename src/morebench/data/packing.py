@@ -72,15 +72,18 @@ class BatchPlan:
         world_size: int,
         micro_batches: int,
         costs: np.ndarray | None = None,
+        samples: np.ndarray | None = None,
     ) -> None:
         """`costs` [N] is what bins are balanced by, e.g. FLOPs; without it, the number of tokens.
 
-        They are whole numbers: sums of them are the same on every machine.
+        They are whole numbers: sums of them are the same on every machine. `samples` are the numbers of those
+        that are planned; without it, all N.
         """
         self.index = index
         self.world_size = world_size
         self.micro_batches = micro_batches
-        self.num_steps = num_optimizer_steps(len(index.lengths), global_batch_size, epochs, max_steps)
+        self._samples = _all_of(index) if samples is None else samples
+        self.num_steps = num_optimizer_steps(len(self._samples), global_batch_size, epochs, max_steps)
         self._global_batch_size = global_batch_size
         self._seed = seed
         self._order = order
@@ -91,7 +94,7 @@ class BatchPlan:
     @property
     def idle_share(self) -> float:
         """Share of the bins of a full global batch that stay empty, because there are more than samples."""
-        samples = min(self._global_batch_size, len(self.index.lengths))
+        samples = min(self._global_batch_size, len(self._samples))
         return max(0.0, 1 - samples / self._num_bins)
 
     def global_batch(self, step: int) -> np.ndarray:
@@ -141,7 +144,7 @@ class BatchPlan:
 
     @property
     def _steps_per_epoch(self) -> int:
-        return -(-len(self.index.lengths) // self._global_batch_size)
+        return -(-len(self._samples) // self._global_batch_size)
 
     def _find(self, step: int) -> tuple[_Epoch, int]:
         if not 0 <= step < self.num_steps:
@@ -151,17 +154,21 @@ class BatchPlan:
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
-            order = epoch_batches(self.index, self._global_batch_size, self._seed, number, self._order)
+            order = epoch_batches(
+                self.index, self._samples, self._global_batch_size, self._seed, number, self._order
+            )
             bins = deal_all(self._costs[order], self._global_batch_size, self._num_bins)
             self._epochs[number] = _Epoch(order, bins, self._global_batch_size)
         return self._epochs[number]
 
 
-def epoch_batches(index: LengthIndex, batch_size: int, seed: int, epoch: int, order: Order) -> np.ndarray:
-    """int64 [N]; the epoch's samples, a global batch after the other."""
+def epoch_batches(
+    index: LengthIndex, samples: np.ndarray, batch_size: int, seed: int, epoch: int, order: Order
+) -> np.ndarray:
+    """int64, like `samples`: they in the order of the epoch, a global batch after the other."""
     if order is Order.modality:
-        return modality_order(index.num_images > 0, batch_size, seed, epoch)
-    return epoch_order(len(index.lengths), seed, epoch)
+        return samples[modality_order(index.num_images[samples] > 0, batch_size, seed, epoch)]
+    return samples[epoch_order(len(samples), seed, epoch)]
 
 
 def deal_all(costs: np.ndarray, batch_size: int, num_bins: int) -> np.ndarray:
@@ -202,16 +209,20 @@ def micro_batches_for(
     world_size: int,
     micro_batch_tokens: int,
     costs: np.ndarray | None = None,
+    samples: np.ndarray | None = None,
 ) -> int:
     """The smallest number of micro-batches per rank that keeps every bin of the stage within the budget.
 
     One number for the whole stage. A sample longer than `micro_batch_tokens` is allowed in a bin of its own.
     """
 
-    steps = num_optimizer_steps(len(index.lengths), global_batch_size, epochs, max_steps)
-    per_epoch = -(-len(index.lengths) // global_batch_size)
+    samples = _all_of(index) if samples is None else samples
+    steps = num_optimizer_steps(len(samples), global_batch_size, epochs, max_steps)
+    per_epoch = -(-len(samples) // global_batch_size)
     orders = [  # without the batches that max_steps cuts off
-        epoch_batches(index, global_batch_size, seed, epoch, order)[: (steps - done) * global_batch_size]
+        epoch_batches(index, samples, global_batch_size, seed, epoch, order)[
+            : (steps - done) * global_batch_size
+        ]
         for epoch, done in enumerate(range(0, steps, per_epoch))
     ]
     costs = index.lengths if costs is None else costs
@@ -229,6 +240,10 @@ def micro_batches_for(
     while not all(keeps(order, micro_batches) for order in orders):
         micro_batches += 1
     return micro_batches
+
+
+def _all_of(index: LengthIndex) -> np.ndarray:
+    return np.arange(len(index.lengths))
 
 
 def _batch_sums(values: np.ndarray, batch_size: int) -> np.ndarray:

@@ -86,7 +86,22 @@ class MetricsTail:
 
 
 def result_metrics(folder: Path) -> dict[str, float]:
-    """`eval/<task>/<metric>` and `eval/<control>/<task>/<metric>` of results.json."""
+    """`eval/<task>/<metric>` and `eval/<control>/<task>/<metric>` of results.json, `run/<total>` of a train
+    step's manifest.
+    """
+    return {**_run_metrics(folder), **_eval_metrics(folder)}
+
+
+def _run_metrics(folder: Path) -> dict[str, float]:
+    manifest = _read_mapping(folder / "manifest.json")
+    if "training" not in manifest:  # not trained to the end
+        return {}
+    costs = {key: manifest.get(key) for key in ("seconds", "gpu_hours", "energy_kwh", "planned_flops")}
+    found = {**costs, **manifest["training"]}
+    return {metric_name(f"run/{key}"): float(value) for key, value in found.items() if _is_number(value)}
+
+
+def _eval_metrics(folder: Path) -> dict[str, float]:
     results = _read_mapping(folder / "results.json")
     groups = {"eval": results.get("tasks", {})}
     groups |= {f"eval/{control}": tasks for control, tasks in results.get("controls", {}).items()}
@@ -133,7 +148,7 @@ def ended_ms(folder: Path) -> int | None:
 
 
 def results_ms(folder: Path) -> int:
-    return _modified_ms(folder / "results.json") or 0
+    return max(_modified_ms(folder / name) or 0 for name in ("results.json", "manifest.json"))
 
 
 def content_digest(folder: Path, status: str | None) -> str:

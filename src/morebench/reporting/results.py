@@ -233,7 +233,7 @@ def _cost(folder: Path, manifest: Mapping[str, Any]) -> StepCost:
         seconds=manifest.get("seconds"),
         gpu_hours=manifest.get("gpu_hours"),
         tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
-        mfu=manifest.get("mfu"),
+        mfu=manifest.get("training", {}).get("mfu"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,6 +13,7 @@ from morebench.data.batch import Batch
 from morebench.data.records import Sample
 from morebench.errors import NonFiniteError
 from morebench.models.mllm import MLLM
+from morebench.training.clock import StepClock
 from morebench.training.schedule import cosine_with_warmup, num_warmup_steps
 from morebench.training.sharding import Sharding
 from morebench.training.signals import StopRequest
@@ -29,6 +31,9 @@ class StepStats:
     padding: float  # share of positions that hold no token
     grad_norm: float  # before clipping
     stop: bool  # some rank was asked to stop
+    data_wait: float  # seconds without a micro-batch, on the rank that had to wait longest
+    peak_memory: int  # bytes, on the rank that took most
+    joules: float  # of all ranks' devices since this start; NaN where a driver does not tell
 
 
 class StageModule(LightningModule):
@@ -56,6 +61,7 @@ class StageModule(LightningModule):
         self._warmup_steps = num_warmup_steps(num_steps, recipe.warmup_ratio)
         self._samples = samples
         self._stop = stop
+        self.clock = StepClock()
         self._seen: list[tuple[Tensor, Batch]] = []
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -86,17 +92,23 @@ class StageModule(LightningModule):
         seen, self._seen = self._seen, []
         trained = self.trained()
         grad_norm = self.sharding.grad_norm(trained)
-        totals = torch.stack(
-            [
-                torch.stack([loss for loss, _ in seen]).double().sum(),
-                torch.stack([batch.cu_seqlens[-1] for _, batch in seen]).double().sum(),
-                grad_norm.new_tensor(sum(batch.input_ids.numel() for _, batch in seen), dtype=torch.float64),
-                grad_norm.new_tensor(self._stop.signal_name is not None, dtype=torch.float64),
-            ]
+        on_device = [
+            torch.stack([loss for loss, _ in seen]).double().sum(),
+            torch.stack([batch.cu_seqlens[-1] for _, batch in seen]).double().sum(),
+        ]
+        known_here = [
+            sum(batch.input_ids.numel() for _, batch in seen),
+            self._stop.signal_name is not None,
+            self.clock.joules(),
+            self.clock.data_wait,
+            self.clock.peak_memory(),
+        ]
+        ranks = self._of_all_ranks(
+            torch.cat([torch.stack(on_device), grad_norm.new_tensor(known_here, dtype=torch.float64)])
         )
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(totals)
-        loss_sum, tokens, positions, stop = totals.tolist()
+        totals = ranks.sum(dim=0)
+        loss_sum, tokens, positions, stop, joules = totals[:5].tolist()
+        data_wait, peak_memory = ranks[:, 5:].amax(dim=0).tolist()
         supervised = int(seen[0][1].num_supervised)
         lr = self.recipe.optimizer.lr * cosine_with_warmup(self.next_step, self.num_steps, self._warmup_steps)
         self.stats = StepStats(
@@ -108,6 +120,9 @@ class StageModule(LightningModule):
             padding=1.0 - tokens / positions if positions else 0.0,
             grad_norm=float(grad_norm),
             stop=stop > 0,
+            data_wait=data_wait,
+            peak_memory=int(peak_memory),
+            joules=joules,
         )
         if not torch.isfinite(totals[0] + grad_norm):
             raise NonFiniteError(self._blame(seen))
@@ -117,6 +132,41 @@ class StageModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = lr
         self.next_step += 1
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss summed over the batch's targets."""
+        loss_sum: Tensor = self.mllm(batch)
+        return loss_sum
+
+    def on_fit_start(self) -> None:
+        self.clock.start(self.trainer.strategy.root_device)
+
+    def on_train_epoch_start(self) -> None:  # after the dry step
+        self.clock.step_begins()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.clock.batch_begins()
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.clock.backward_begins()
+
+    def on_after_backward(self) -> None:
+        self.clock.backward_ends()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """After that of the callbacks, which save and validate."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            self.clock.batch_ends()
+        else:
+            self.clock.step_begins()
+
+    def _of_all_ranks(self, values: Tensor) -> Tensor:
+        """[N] -> [ranks, N]: one message in place of one for the sums and one for the maxima."""
+        if self.trainer.world_size == 1:
+            return values[None]
+        gathered = values.new_empty(self.trainer.world_size, len(values))
+        torch.distributed.all_gather_into_tensor(gathered.view(-1), values)
+        return gathered
 
     def _blame(self, seen: Sequence[tuple[Tensor, Batch]]) -> str:
         bad = [batch for loss, batch in seen if not torch.isfinite(loss)]

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,9 +34,11 @@ from morebench.training.provenance import provenance
 from morebench.training.resume import Checkpoint, newest_checkpoint
 from morebench.training.saving import Saver
 from morebench.training.signals import StopRequest
+from morebench.training.spent import Spent, read_lines, spent_before, totals
 from morebench.training.stage import Stage, make_stage, recipe_of
 from morebench.training.strategy import exact_arithmetic, make_trainer, quiet_libraries, sharding_of
-from morebench.training.telemetry import MetricsFile, Telemetry
+from morebench.training.telemetry import Expense, MetricsFile, Telemetry, device_peak
+from morebench.training.validation import Validation
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -61,15 +64,17 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
         stage = make_stage(config, step, parents, trainer.is_global_zero, planned)
         choices, same = _choose(stage, trainer, checkpoint)
         stack.enter_context(exact_arithmetic(choices.threads))
+        before = Spent()
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            _begin_manifest(folder, stage, choices, checkpoint, same)
+            before = spent_before(folder, folder / METRICS)
+            _begin_manifest(folder, stage, choices, checkpoint, same, before)
         if stop.signal_name is not None:
             raise Interrupted(f"{stop.signal_name} asked to stop before the first optimizer step.")
-        saver = _fit(stage, trainer, choices, checkpoint, stop, step.name, folder, started)
+        spent = _fit(stage, trainer, choices, checkpoint, stop, step.name, folder, before, started)
         parameters = _gather(stage, trainer)
     if trainer.is_global_zero:
-        _finish(stage, parameters, folder, saver, choices)
+        _finish(stage, parameters, folder, spent)
 
 
 def _choose(stage: Stage, trainer: LightningTrainer, checkpoint: Checkpoint | None) -> tuple[Choices, bool]:
@@ -88,7 +93,7 @@ def _choose(stage: Stage, trainer: LightningTrainer, checkpoint: Checkpoint | No
 
 
 def _begin_manifest(
-    folder: Path, stage: Stage, choices: Choices, checkpoint: Checkpoint | None, same: bool
+    folder: Path, stage: Stage, choices: Choices, checkpoint: Checkpoint | None, same: bool, before: Spent
 ) -> None:
     anomalies = read_manifest(folder).get("anomalies", []) if checkpoint is not None else []
     if checkpoint is not None and not same:
@@ -107,7 +112,10 @@ def _begin_manifest(
         "world_size": choices.machine.world_size,
         "seed": stage.config.seed,
         "anomalies": anomalies,
+        "planned_flops": sum(plan.loads(stage.flops).sum(axis=1).tolist()),  # more than an int64 holds
     }
+    if before.seconds:  # lines of metrics.jsonl that say so are about to be cut
+        facts |= asdict(before)
     update_manifest(folder, facts | stage.facts() | provenance(ROOT))
 
 
@@ -119,8 +127,9 @@ def _fit(
     stop: StopRequest,
     label: str,
     folder: Path,
+    before: Spent,
     started: float,
-) -> Saver:
+) -> Spent:
     config, first_step = stage.config, checkpoint.step if checkpoint is not None else 0
     plan = stage.plan(choices.machine.world_size, choices.micro_batches)
     trainer.accumulate_grad_batches = choices.micro_batches
@@ -137,20 +146,32 @@ def _fit(
         _say(f"{label}: continuing after {first_step} of {plan.num_steps} optimizer steps.")
     dataset = stage.dataset(plan, trainer.global_rank)
     batches = Loader(dataset, first_step, config.trainer.num_workers)
+    expense = Expense(
+        flops=lambda step: int(stage.flops[plan.global_batch(step)].sum()),
+        peak_tflops=device_peak(trainer.strategy.root_device),
+        num_gpus=trainer.world_size if choices.machine.device == "cuda" else 0,
+        before=before,
+        started=started,
+    )
+    validation = None
+    if len(stage.validation):
+        held_out = stage.validation_plan(trainer.world_size, choices.machine.micro_batch_tokens)
+        validation_batches = stage.dataset(held_out, trainer.global_rank)
+        validation = Validation(validation_batches, plan.num_steps, config.trainer.num_workers)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     with ExitStack() as stack:
-        metrics = None
+        metrics = progress = None
         if trainer.is_global_zero:
             metrics = stack.enter_context(MetricsFile(folder / METRICS, first_step))
             progress = stack.enter_context(Progress(label, plan.num_steps, first_step))
-            callbacks.append(Telemetry(metrics, progress))
+        callbacks.append(Telemetry(expense, validation, metrics, progress))
         saver = Saver(
             folder / CHECKPOINTS,
             config.trainer.checkpoint_every_n_steps,
             stop,
             metrics,
             choices.facts(),
-            started - (checkpoint.facts["seconds"] if checkpoint is not None else 0.0),
+            started - before.seconds,
             checkpoint,
         )
         callbacks.append(saver)
@@ -169,7 +190,7 @@ def _fit(
             raise Interrupted("SIGTERM asked to stop before an optimizer step.") from None
         if metrics is not None:
             metrics.sync()
-    return saver
+    return expense.so_far(module.stats.joules)
 
 
 def _gather(stage: Stage, trainer: LightningTrainer) -> dict[str, Tensor]:
@@ -179,22 +200,18 @@ def _gather(stage: Stage, trainer: LightningTrainer) -> dict[str, Tensor]:
     return {name: value for name, value in gathered if trainer.is_global_zero}
 
 
-def _finish(
-    stage: Stage, parameters: Mapping[str, Tensor], folder: Path, saver: Saver, choices: Choices
-) -> None:
+def _finish(stage: Stage, parameters: Mapping[str, Tensor], folder: Path, spent: Spent) -> None:
     """Parts, then their hashes in the manifest, then the checkpoints go: a kill in between loses nothing."""
     for leftover in folder.glob("*.safetensors.tmp-*"):
         leftover.unlink()
     with disk_full_named(folder):
         written = save_parts(stage.mllm, stage.recipe.trainable, folder, parameters)
         sync(folder)
-    seconds = saver.seconds()
-    on_gpu = choices.machine.device == "cuda"
     update_manifest(
         folder,
         {
-            "seconds": round(seconds, 3),
-            "gpu_hours": seconds * choices.machine.world_size / 3600 if on_gpu else None,
+            **asdict(spent),
+            "training": totals(read_lines(folder / METRICS)),
             "parts": {path.name: sha256(path) for path in written},
         },
     )

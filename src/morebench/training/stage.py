@@ -1,7 +1,7 @@
 """Everything one train step is made of, from a config: data, order, model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from morebench.data.features import FeatureCache
 from morebench.data.image_processor import ImageProcessor
 from morebench.data.index import LengthIndex, index_of
 from morebench.data.packing import BatchPlan, micro_batches_for
-from morebench.errors import DataError
+from morebench.data.validation import validation_slice
+from morebench.errors import ConfigError, DataError
 from morebench.models.flops import sample_flops, sizes
 from morebench.models.llm import load_tokenizer
 from morebench.models.memory import memory
@@ -62,6 +63,34 @@ class Stage:
         lengths, num_images, supervised = self._counts()
         return sample_flops(sizes(self.config), lengths, num_images, supervised, self.recipe.trainable)
 
+    @cached_property
+    def flops(self) -> np.ndarray:
+        """int64 [N]; what a sample really takes: as `costs`, but with cached features no encoder runs."""
+        if self.features is None:
+            return self.costs
+        lengths, num_images, supervised = self._counts()
+        model = replace(sizes(self.config), vision_image=0)
+        return sample_flops(model, lengths, num_images, supervised, self.recipe.trainable)
+
+    @cached_property
+    def validation(self) -> np.ndarray:
+        """int64, ascending: numbers of the samples that are kept out of training. Raises ConfigError."""
+        count, total = self.recipe.validation_samples, len(self.data.samples)
+        if count >= total:
+            raise ConfigError(
+                f"validation_samples={count:,} leaves nothing to train on: {self.data.manifest.label} has "
+                f"{total:,} usable samples. Choose fewer; 0 trains on all."
+            )
+        cache = Path(self.config.paths.cache)
+        chosen = validation_slice(self.data.samples, count, self.data.content_hash, cache)
+        if count and not self.index.supervised[chosen].any():
+            raise ConfigError(
+                f"validation_samples={count:,}: none of these samples of {self.data.manifest.label} has a "
+                f"supervised token within max_length={self.recipe.max_length}, so they have no loss. "
+                "Choose more; 0 trains on all."
+            )
+        return chosen
+
     def memory(self) -> np.ndarray:
         """int64 [N]; bytes that every sample keeps on the device: what makes a micro-batch a large one."""
         lengths, num_images, supervised = self._counts()
@@ -76,6 +105,19 @@ class Stage:
 
     def plan(self, world_size: int, micro_batches: int) -> BatchPlan:
         return BatchPlan(self.index, **self._order(), world_size=world_size, micro_batches=micro_batches)
+
+    def validation_plan(self, world_size: int, micro_batch_tokens: int) -> BatchPlan:
+        """One step, whose global batch is the whole slice."""
+        order = self._order() | {
+            "global_batch_size": len(self.validation),
+            "epochs": 1,
+            "max_steps": None,
+            "samples": self.validation,
+        }
+        micro_batches = micro_batches_for(
+            self.index, **order, world_size=world_size, micro_batch_tokens=micro_batch_tokens
+        )
+        return BatchPlan(self.index, **order, world_size=world_size, micro_batches=micro_batches)
 
     def dataset(self, plan: BatchPlan, rank: int) -> MicroBatches:
         return MicroBatches(
@@ -105,6 +147,7 @@ class Stage:
                 "quarantined": self.data.manifest.quarantined,
                 "quarantine_sha256": self.data.manifest.quarantine_sha256,
                 "num_samples": len(self.data.samples),
+                "validation_samples": len(self.validation),
                 "tokens": int(self.index.lengths.sum(dtype="int64")),
             },
             "quarantined": self.data.manifest.num_quarantined,
@@ -128,6 +171,7 @@ class Stage:
             "seed": self.config.seed,
             "order": self.recipe.order,
             "costs": self.costs,
+            "samples": np.delete(np.arange(len(self.data.samples)), self.validation),
         }
 
     def _counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
