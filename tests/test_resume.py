@@ -15,12 +15,10 @@ from morebench.errors import Interrupted, RunError
 from morebench.training.fragments import read_whole
 from morebench.training.fragments import whole as whole_piece
 from morebench.training.module import StageModule
-from morebench.training.resume import (
-    newest_checkpoint,
-    save_checkpoint,
-)
+from morebench.training.resume import newest_checkpoint
 from morebench.training.run import train
 from morebench.training.telemetry import MetricsFile
+from morebench.training.writing import save_checkpoint
 
 TENSORS = {"parameters": {"a": whole_piece(torch.zeros(1))}}
 

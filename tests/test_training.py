@@ -191,7 +191,7 @@ def test_non_finite_step_stops_before_a_weight_changes(config: Config, tmp_path:
     with pytest.raises(NonFiniteError, match=r"Optimizer step 2: loss .* samples: s\d+, s\d+"):
         train(wild, Step.pretrain, tmp_path, {})
     assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
-    saved = load_file(tmp_path / "checkpoints" / "step_00000002" / "parameters.safetensors")
+    saved = load_file(tmp_path / "checkpoints" / "step_00000002" / "parameters.rank0000.safetensors")
     assert all(torch.isfinite(value).all() for value in saved.values())
 
 

@@ -1,7 +1,9 @@
 """The LightningModule: one global batch, in bins, is one optimizer step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,10 +12,11 @@ from torch import Tensor, nn
 from morebench.config import schema
 from morebench.data.batch import Batch
 from morebench.data.records import Sample
-from morebench.errors import NonFiniteError
+from morebench.training.nonfinite import MicroBatchLoss, NonFinite, gathered, group_of
 from morebench.training.schedule import cosine_with_warmup, num_warmup_steps
 from morebench.training.sharding import Sharding
 from morebench.training.signals import StopRequest
+from morebench.training.told import Told
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class StepStats:
     tokens: int  # visual ones included
     padding: float  # share of positions that hold no token
     grad_norm: float  # before clipping
-    stop: bool  # some rank was asked to stop
+    skipped: int  # optimizer steps left out so far, this one included
+    told: Told
 
 
 class StageModule(LightningModule):
@@ -45,6 +49,8 @@ class StageModule(LightningModule):
         sharding: Sharding,
         samples: Sequence[Sample],
         stop: StopRequest,
+        skipped: Sequence[int] = (),
+        nonfinite_root: Path | None = None,
     ) -> None:
         super().__init__()
         self.mllm = mllm
@@ -53,8 +59,8 @@ class StageModule(LightningModule):
         self.next_step = first_step
         self.sharding = sharding
         self._warmup_steps = num_warmup_steps(num_steps, recipe.warmup_ratio)
-        self._samples = samples
-        self._stop = stop
+        self.nonfinite = NonFinite(samples, recipe.max_skipped_steps, skipped, nonfinite_root)
+        self.tell: Callable[[], Told] = lambda: Told(stop=stop.signal_name is not None)
         self._seen: list[tuple[Tensor, Batch]] = []
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -87,14 +93,21 @@ class StageModule(LightningModule):
                 torch.stack([loss for loss, _ in seen]).double().sum(),
                 torch.stack([batch.cu_seqlens[-1] for _, batch in seen]).double().sum(),
                 grad_norm.new_tensor(sum(batch.input_ids.numel() for _, batch in seen), dtype=torch.float64),
-                grad_norm.new_tensor(self._stop.signal_name is not None, dtype=torch.float64),
+                *self.tell().tensor(grad_norm.device),
             ]
         )
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(totals)
-        loss_sum, tokens, positions, stop = totals.tolist()
+        loss_sum, tokens, positions, *told = totals.tolist()
         supervised = int(seen[0][1].num_supervised)
         lr = self.recipe.optimizer.lr * cosine_with_warmup(self.next_step, self.num_steps, self._warmup_steps)
+        is_finite = bool(torch.isfinite(totals[0] + grad_norm))  # the same on all ranks
+        if not is_finite:
+            self._note_nonfinite(seen, loss_sum / max(1, supervised), float(grad_norm))
+            self.sharding.leave_out(optimizer, trained)
+        elif self.recipe.gradient_clip_val is not None:
+            # not left to Lightning: it refuses a fused optimizer in bf16, and would sum the norm again
+            self.sharding.clip(trained, self.recipe.gradient_clip_val, grad_norm)
         self.stats = StepStats(
             step=self.next_step,
             loss=loss_sum / max(1, supervised),
@@ -103,24 +116,17 @@ class StageModule(LightningModule):
             tokens=int(tokens),
             padding=1.0 - tokens / positions if positions else 0.0,
             grad_norm=float(grad_norm),
-            stop=stop > 0,
+            skipped=len(self.nonfinite.skipped),
+            told=Told.of(told),
         )
-        if not torch.isfinite(totals[0] + grad_norm):
-            raise NonFiniteError(self._blame(seen))
-        if self.recipe.gradient_clip_val is not None:
-            # not left to Lightning: it refuses a fused optimizer in bf16, and would sum the norm again
-            self.sharding.clip(trained, self.recipe.gradient_clip_val, grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         self.next_step += 1
 
-    def _blame(self, seen: Sequence[tuple[Tensor, Batch]]) -> str:
-        bad = [batch for loss, batch in seen if not torch.isfinite(loss)]
-        ids = torch.cat([batch.sample_ids for batch in bad or [batch for _, batch in seen]]).tolist()
-        shown = ", ".join(self._samples[number].id for number in ids[:16])
-        return (
-            f"Optimizer step {self.stats.step}: loss {self.stats.loss}, gradient norm "
-            f"{self.stats.grad_norm}. {'Non-finite loss in' if bad else 'In'} {len(ids)} samples: {shown}"
-            f"{', ...' if len(ids) > 16 else ''}. This step changed no weight. Look at these samples, or "
-            "lower optimizer.lr."
-        )
+    def _note_nonfinite(self, seen: Sequence[tuple[Tensor, Batch]], loss: float, grad_norm: float) -> None:
+        """Raises NonFiniteError on all ranks, or on none."""
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        mine = [MicroBatchLoss(rank, float(sum_), batch.sample_ids.tolist()) for sum_, batch in seen]
+        groups = groupby(self.trained().items(), lambda item: group_of(item[0]))
+        norms = {name: float(self.sharding.grad_norm(dict(members))) for name, members in groups}
+        self.nonfinite.note(self.next_step, loss, grad_norm, gathered(mine, world_size), norms)

@@ -18,7 +18,8 @@ from morebench.errors import Interrupted
 from morebench.models.parts import save_parts
 from morebench.progress import Progress
 from morebench.training.choices import Choices, this_machine, threads_for
-from morebench.training.dry_step import DryStep
+from morebench.training.dry_step import DryStep, memory_named
+from morebench.training.fence import Fence, unfenced
 from morebench.training.files import (
     disk_full_named,
     read_manifest,
@@ -30,20 +31,25 @@ from morebench.training.files import (
 from morebench.training.module import StageModule
 from morebench.training.provenance import provenance
 from morebench.training.resume import Checkpoint, newest_checkpoint
-from morebench.training.saving import Saver
+from morebench.training.saving import Pace, Saver
 from morebench.training.signals import StopRequest
 from morebench.training.stage import Stage, make_stage, recipe_of
 from morebench.training.strategy import exact_arithmetic, make_trainer, quiet_libraries, sharding_of
 from morebench.training.telemetry import MetricsFile, Telemetry
+from morebench.training.watchdog import Watchdog
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+NONFINITE = "nonfinite"
 
 
-def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]) -> None:
+def train(
+    config: Config, step: Step, folder: Path, parents: Mapping[Step, Path], fence: Fence = unfenced
+) -> None:
     """Write metrics.jsonl and one safetensors file per trained part into `folder`; complete manifest.json.
 
-    A whole result is left alone. Raises Interrupted, NonFiniteError, DiskFullError, DataError, WeightsError.
+    A whole result is left alone. Raises Interrupted, NonFiniteError, DiskFullError, DataError, WeightsError,
+    RunError, and what `fence` does.
     """
     if _is_trained(folder):
         remove_folder(folder / CHECKPOINTS)
@@ -54,6 +60,8 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
         stop = stack.enter_context(StopRequest())
         stack.enter_context(quiet_libraries())
         trainer = make_trainer(config.trainer, recipe)
+        watchdog = Watchdog(config.trainer.hang_timeout_minutes, trainer.global_rank)
+        stack.enter_context(watchdog)
         checkpoint = newest_checkpoint(folder / CHECKPOINTS, _say)
         torch.manual_seed(config.seed)
         planned = read_manifest(folder).get("planned_data")
@@ -65,9 +73,9 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
             _begin_manifest(folder, stage, choices, checkpoint, same)
         if stop.signal_name is not None:
             raise Interrupted(f"{stop.signal_name} asked to stop before the first optimizer step.")
-        saver = _fit(stage, trainer, choices, checkpoint, stop, step.name, folder, started)
+        fitted = _fit(stage, trainer, choices, checkpoint, stop, step.name, folder, started, fence, watchdog)
     if trainer.is_global_zero:
-        _finish(stage, folder, saver, choices)
+        _finish(stage, folder, *fitted, choices, fence)
 
 
 def _choose(stage: Stage, trainer: LightningTrainer, checkpoint: Checkpoint | None) -> tuple[Choices, bool]:
@@ -118,7 +126,9 @@ def _fit(
     label: str,
     folder: Path,
     started: float,
-) -> Saver:
+    fence: Fence,
+    watchdog: Watchdog,
+) -> tuple[StageModule, Saver]:
     config, first_step = stage.config, checkpoint.step if checkpoint is not None else 0
     plan = stage.plan(choices.machine.world_size, choices.micro_batches)
     trainer.accumulate_grad_batches = choices.micro_batches
@@ -130,12 +140,15 @@ def _fit(
         sharding=sharding_of(trainer),
         samples=stage.data.samples,
         stop=stop,
+        skipped=checkpoint.facts["skipped"] if checkpoint is not None else (),
+        nonfinite_root=folder / NONFINITE if trainer.is_global_zero else None,
     )
     if checkpoint is not None:
         _say(f"{label}: continuing after {first_step} of {plan.num_steps} optimizer steps.")
     dataset = stage.dataset(plan, trainer.global_rank)
     batches = Loader(dataset, first_step, config.trainer.num_workers)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.append(watchdog)
     with ExitStack() as stack:
         metrics = None
         if trainer.is_global_zero:
@@ -144,13 +157,16 @@ def _fit(
             callbacks.append(Telemetry(metrics, progress))
         saver = Saver(
             folder / CHECKPOINTS,
-            config.trainer.checkpoint_every_n_steps,
+            Pace(config.trainer.checkpoint_every_n_steps, config.trainer.checkpoint_every_n_minutes),
             stop,
             metrics,
             choices.facts(),
             started - (checkpoint.facts["seconds"] if checkpoint is not None else 0.0),
             checkpoint,
+            fence,
+            watchdog.beat,
         )
+        stack.callback(saver.close)  # before the metrics file, which its thread syncs
         callbacks.append(saver)
         # the last, so that a signal that comes meanwhile is kept for the first step
         callbacks.append(
@@ -161,27 +177,33 @@ def _fit(
             )
         )
         try:
-            with dead_workers_named():
+            with dead_workers_named(), memory_named(choices.machine.micro_batch_tokens):
                 trainer.fit(module, train_dataloaders=batches)
         except SIGTERMException:  # came while Lightning set itself up, before our handlers were back
             raise Interrupted("SIGTERM asked to stop before an optimizer step.") from None
         if metrics is not None:
             metrics.sync()
-    return saver
+    return module, saver
 
 
-def _finish(stage: Stage, folder: Path, saver: Saver, choices: Choices) -> None:
+def _finish(
+    stage: Stage, folder: Path, module: StageModule, saver: Saver, choices: Choices, fence: Fence
+) -> None:
     """Parts, then their hashes in the manifest, then the checkpoints go: a kill in between loses nothing."""
     for leftover in folder.glob("*.safetensors.tmp-*"):
         leftover.unlink()
+    fence()
     with disk_full_named(folder):
         written = save_parts(stage.mllm, stage.recipe.trainable, folder)
         sync(folder)
     seconds = saver.seconds()
     on_gpu = choices.machine.device == "cuda"
+    fence()
+    anomalies = read_manifest(folder)["anomalies"] + module.nonfinite.anomalies()
     update_manifest(
         folder,
         {
+            "anomalies": anomalies,
             "seconds": round(seconds, 3),
             "gpu_hours": seconds * choices.machine.world_size / 3600 if on_gpu else None,
             "parts": {path.name: sha256(path) for path in written},

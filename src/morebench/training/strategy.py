@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from morebench.config.schema import Precision, Strategy, Trainer, TrainRecipe
 from morebench.errors import ConfigError
 from morebench.training.sharding import Replicated, Sharding
+from morebench.training.watchdog import group_timeout
 
 _PRECISION: dict[Precision, Any] = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed"}
 
@@ -32,7 +33,11 @@ def make_trainer(machine: Trainer, recipe: TrainRecipe) -> LightningTrainer:
         devices=devices,
         num_nodes=machine.num_nodes,
         # buffers are constants (rotary tables): broadcasting them each step would only cost
-        strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if ddp else "auto",
+        strategy=DDPStrategy(
+            broadcast_buffers=False, gradient_as_bucket_view=True, timeout=group_timeout(machine)
+        )
+        if ddp
+        else "auto",
         precision=_PRECISION[recipe.precision],
         max_epochs=1,
         use_distributed_sampler=False,

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -87,7 +88,7 @@ class Telemetry(Callback):
         self._metrics.append(
             {
                 "step": stats.step,
-                "loss": stats.loss,
+                "loss": stats.loss if isfinite(stats.loss) else None,
                 "lr": stats.lr,
                 "supervised_tokens": stats.supervised_tokens,
                 "tokens": stats.tokens,
@@ -95,7 +96,8 @@ class Telemetry(Callback):
                 "padding": stats.padding,
                 "data_wait_s": round(self._waited, 6),
                 "step_s": round(seconds, 6),
-                "grad_norm": stats.grad_norm,
+                "grad_norm": stats.grad_norm if isfinite(stats.grad_norm) else None,
+                "skipped": stats.skipped,
             }
         )
         self._progress.update(stats.step + 1, f"loss {stats.loss:.4f}, {rate:,.0f} tokens/s")
