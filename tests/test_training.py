@@ -126,7 +126,7 @@ def test_loss_falls_and_first_step_has_no_learning_rate(finetuned: Path) -> None
     assert [line["step"] for line in lines] == list(range(6))
     assert lines[0]["lr"] == 0.0
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
-    fields = "step loss lr supervised_tokens tokens tokens_per_s padding data_wait_s step_s grad_norm"
+    fields = "step loss lr supervised_tokens tokens tokens_per_s padding data_wait_s step_s grad_norm skipped"
     assert all(list(line) == fields.split() for line in lines)
 
 

@@ -83,6 +83,35 @@ def train_until_line(step_number: int, config: Config, step: Step, folder: Path)
     train_step(config, step, folder, {})
 
 
+def train_until_save(where: str, config: Config, step: Step, folder: Path) -> None:
+    """SIGKILL in the first checkpoint of this start."""
+    from morebench.training import writing
+
+    save_file, replace, written = writing.save_file, writing.replace, []
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def fatal_save(values: Any, path: Path) -> None:
+        if written and where == "between files":
+            die()
+        written.append(path)
+        save_file(values, path)
+        if where == "in a file":
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+
+    def fatal_replace(source: Path, target: Path) -> None:
+        if where == "before the rename":
+            die()
+        replace(source, target)
+        if where == "before the removal":
+            die()
+
+    writing.save_file, writing.replace = fatal_save, fatal_replace  # type: ignore[assignment]
+    train_step(config, step, folder, {})
+
+
 def _as_rank(rank: int, world_size: int, port: int, function: Callable[..., None], *arguments: Any) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
