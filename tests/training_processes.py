@@ -21,8 +21,10 @@ _CONTEXT.set_forkserver_preload(["morebench.training.run", "morebench.models.vis
 TIMEOUT = 120  # seconds; a hang is a failure, not a wait
 
 
-def start(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
-    process = _CONTEXT.Process(target=_with_exit_code, args=(function, *arguments), daemon=True)
+def start(function: Callable[..., None], *arguments: Any, has_children: bool = False) -> ForkServerProcess:
+    process = _CONTEXT.Process(
+        target=_with_exit_code, args=(function, *arguments), daemon=not has_children
+    )
     process.start()
     return process
 
@@ -39,11 +41,16 @@ def finish(*processes: ForkServerProcess) -> list[int | None]:
 
 
 def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
+    return finish(*start_ranks(world_size, function, *arguments))
+
+
+def start_ranks(
+    world_size: int, function: Callable[..., None], *arguments: Any
+) -> list[ForkServerProcess]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [start(_as_rank, rank, world_size, port, function, *arguments) for rank in range(world_size)]
-    return finish(*ranks)
+    return [start(_as_rank, rank, world_size, port, function, *arguments) for rank in range(world_size)]
 
 
 def train_step(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]) -> None:
