@@ -13,9 +13,9 @@ from morebench.training.resume import (
     newest_checkpoint,
     restore_optimizer,
     restore_parameters,
-    save_checkpoint,
 )
 from morebench.training.telemetry import MetricsFile
+from morebench.training.writing import save_checkpoint
 
 TENSORS = {
     "parameters": {"a": whole(torch.arange(6.0).view(2, 3))},
@@ -53,7 +53,9 @@ def test_damaged_checkpoint_is_replaced_by_the_same_step(tmp_path: Path) -> None
     assert newest_checkpoint(tmp_path, print) is not None
 
 
-@pytest.mark.parametrize("name", ["parameters.safetensors", "random.safetensors", "meta.json"])
+@pytest.mark.parametrize(
+    "name", ["parameters.rank0000.safetensors", "random.rank0000.safetensors", "meta.json"]
+)
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove"])
 def test_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, harm: str) -> None:
     good = save_checkpoint(tmp_path, 1, TENSORS, {})
@@ -125,7 +127,8 @@ import sys, torch
 from pathlib import Path
 from morebench.errors import DiskFullError
 from morebench.training.fragments import whole
-from morebench.training.resume import newest_checkpoint, save_checkpoint
+from morebench.training.resume import newest_checkpoint
+from morebench.training.writing import save_checkpoint
 root = Path(sys.argv[1])
 small, large = ({"parameters": {"a": whole(torch.randn(size))}} for size in (1000, 40000))
 save_checkpoint(root, 1, small, {})

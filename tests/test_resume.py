@@ -1,26 +1,29 @@
+import errno
+import itertools
 import json
 import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from factories_training import losses, make_cell, metrics, with_trainer
-from training_processes import finish, start, train_until_fsync, train_until_line
+from training_processes import finish, start, train_until_fsync, train_until_line, train_until_save
 
 from morebench.config.schema import Config, Step
-from morebench.errors import Interrupted, RunError
+from morebench.errors import EXIT_USER, DiskFullError, Interrupted, RunError
+from morebench.training import writing
 from morebench.training.fragments import read_whole
 from morebench.training.fragments import whole as whole_piece
 from morebench.training.module import StageModule
-from morebench.training.resume import (
-    newest_checkpoint,
-    save_checkpoint,
-)
+from morebench.training.resume import newest_checkpoint
 from morebench.training.run import train
 from morebench.training.telemetry import MetricsFile
+from morebench.training.writing import save_checkpoint
 
 TENSORS = {"parameters": {"a": whole_piece(torch.zeros(1))}}
 
@@ -55,14 +58,98 @@ def test_killed_at_a_step_continues_to_the_same_bits(
     assert_same(tmp_path, whole)
 
 
-def test_killed_while_a_checkpoint_is_written(config: Config, whole: Path, tmp_path: Path) -> None:
-    """fsyncs 12 to 17 belong to the second checkpoint: the first must still be there, and be used."""
-    assert finish(start(train_until_fsync, 15, config, Step.pretrain, tmp_path)) == [-signal.SIGKILL]
-    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert "step_00000002" in names
-    assert any(name.startswith(".step_00000004.tmp-") for name in names)
+@pytest.fixture(scope="module")
+def half(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with a checkpoint of two optimizer steps, to be copied."""
+    folder = tmp_path_factory.mktemp("half")
+    with pytest.MonkeyPatch.context() as patch:
+        _interrupt_after(2, config, folder, patch)
+    return folder
+
+
+@pytest.mark.parametrize("where", ["in a file", "between files", "before the rename", "before the removal"])
+def test_killed_while_a_checkpoint_is_written(
+    config: Config, whole: Path, half: Path, tmp_path: Path, where: str
+) -> None:
+    """The one before must still be there, and be used."""
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+    assert finish(start(train_until_save, where, config, Step.pretrain, tmp_path)) == [-signal.SIGKILL]
+    names = {path.name.partition(".tmp-")[0] for path in (tmp_path / "checkpoints").iterdir()}
+    unfinished = "step_00000004" if where == "before the removal" else ".step_00000004"
+    assert names == {"step_00000002", unfinished}
     train(config, Step.pretrain, tmp_path, {})
     assert_same(tmp_path, whole)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    config: Config, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is due after step 1; what comes due meanwhile waits for it."""
+    reached = threading.Event()
+    append, save_file = MetricsFile.append, writing.save_file
+
+    def telling_append(self: MetricsFile, line: dict[str, Any]) -> None:
+        append(self, line)
+        if line["step"] == 3:
+            reached.set()
+
+    def waiting_save(values: dict[str, torch.Tensor], path: Path) -> None:
+        assert reached.wait(60), "training waits for the checkpoint"
+        save_file(values, path)
+
+    monkeypatch.setattr(MetricsFile, "append", telling_append)
+    monkeypatch.setattr(writing, "save_file", waiting_save)
+    train(config, Step.pretrain, tmp_path, {})
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(OSError(errno.ENOSPC, "full"), DiskFullError), (PermissionError(errno.EACCES, "no"), PermissionError)],
+)
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_last(
+    config: Config,
+    half: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError,
+    raised: type[Exception],
+) -> None:
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+
+    def failing_save(values: dict[str, torch.Tensor], path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(writing, "save_file", failing_save)
+    with pytest.raises(raised):
+        train(config, Step.pretrain, tmp_path, {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_jumping_clock_changes_nothing(
+    config: Config, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Days to and fro at every look."""
+    now, jumps = time.time, itertools.cycle([86400.0, -86400.0, 0.0])
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * (now() + next(jumps))))
+    _interrupt_after(3, config, tmp_path, monkeypatch)
+    train(config, Step.pretrain, tmp_path, {})
+    assert_same(tmp_path, whole)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert 0 < manifest["seconds"] < 600
+
+
+def test_memory_that_runs_out_in_a_later_step_is_no_matter_of_trying_again(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy_step(self: StageModule, batch: Any, batch_idx: int) -> Any:
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(StageModule, "training_step", greedy_step)
+    with pytest.raises(RunError, match=r"micro_batch_tokens=50000 .*Tried to allocate") as caught:
+        train(config, Step.pretrain, tmp_path, {})
+    assert caught.value.exit_code == EXIT_USER
 
 
 def test_killed_again_and_again_ends_in_the_same_bits(config: Config, whole: Path, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ _CONTEXT.set_forkserver_preload(["morebench.training.run", "morebench.models.vis
 TIMEOUT = 120  # seconds; a hang is a failure, not a wait
 
 
-def start(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
-    process = _CONTEXT.Process(target=_with_exit_code, args=(function, *arguments), daemon=True)
+def start(function: Callable[..., None], *arguments: Any, has_children: bool = False) -> ForkServerProcess:
+    process = _CONTEXT.Process(target=_with_exit_code, args=(function, *arguments), daemon=not has_children)
     process.start()
     return process
 
@@ -39,11 +39,14 @@ def finish(*processes: ForkServerProcess) -> list[int | None]:
 
 
 def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
+    return finish(*start_ranks(world_size, function, *arguments))
+
+
+def start_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> list[ForkServerProcess]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [start(_as_rank, rank, world_size, port, function, *arguments) for rank in range(world_size)]
-    return finish(*ranks)
+    return [start(_as_rank, rank, world_size, port, function, *arguments) for rank in range(world_size)]
 
 
 def train_step(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]) -> None:
@@ -80,6 +83,35 @@ def train_until_line(step_number: int, config: Config, step: Step, folder: Path)
         append(self, line)
 
     MetricsFile.append = fatal_append  # type: ignore[method-assign]
+    train_step(config, step, folder, {})
+
+
+def train_until_save(where: str, config: Config, step: Step, folder: Path) -> None:
+    """SIGKILL in the first checkpoint of this start."""
+    from morebench.training import writing
+
+    save_file, replace, written = writing.save_file, writing.replace, []
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def fatal_save(values: Any, path: Path) -> None:
+        if written and where == "between files":
+            die()
+        written.append(path)
+        save_file(values, path)
+        if where == "in a file":
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+
+    def fatal_replace(source: Path, target: Path) -> None:
+        if where == "before the rename":
+            die()
+        replace(source, target)
+        if where == "before the removal":
+            die()
+
+    writing.save_file, writing.replace = fatal_save, fatal_replace  # type: ignore[assignment]
     train_step(config, step, folder, {})
 
 

@@ -47,6 +47,10 @@ class RunError(MorebenchError):
     exit_code = EXIT_USER
 
 
+class FencedError(RunError):
+    """The run belongs to another process by now: this one must not write to its folder any more."""
+
+
 class NonFiniteError(MorebenchError):
     """The loss or the gradients became NaN or infinite."""
 

@@ -30,6 +30,7 @@ from morebench.models.rope import check_answers
 from morebench.models.weights import starting_weights
 from morebench.progress import track
 from morebench.training.choices import threads_for
+from morebench.training.fence import Fence, unfenced
 from morebench.training.files import update_manifest, write_atomically
 from morebench.training.provenance import provenance
 from morebench.training.strategy import exact_arithmetic
@@ -64,11 +65,11 @@ class _Model:
         return encoded
 
 
-def evaluate(config: Config, folder: Path, parent: Path) -> None:
+def evaluate(config: Config, folder: Path, parent: Path, fence: Fence = unfenced) -> None:
     """Answer and score every task of the suite, and again under every control.
 
     `parent` is the finetune run. Leaves predictions/, scores/ and results.json in `folder`. Raises DataError
-    for bad records before anything is loaded.
+    for bad records before anything is loaded, and what `fence` does.
     """
     started = time.monotonic()
     recipe = config.stage.evaluate
@@ -81,7 +82,8 @@ def evaluate(config: Config, folder: Path, parent: Path) -> None:
         with generation_attention(model.mllm.llm):
             for task in tasks:
                 for control, found in results.items():
-                    lines = _answer(model, task, control, folder)
+                    lines = _answer(model, task, control, folder, fence)
+                    fence()
                     found[task.name] = _score(task, lines, recipe.profile, control, folder)
     seconds = time.monotonic() - started
     content = {
@@ -92,6 +94,7 @@ def evaluate(config: Config, folder: Path, parent: Path) -> None:
     }
     gpus = 1 if model.device.type == "cuda" else 0
     facts = {"seconds": round(seconds, 3), "gpu_hours": seconds * gpus / 3600, **provenance(ROOT)}
+    fence()
     update_manifest(folder, {**facts, "profile": recipe.profile.name})
     write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
 
@@ -130,7 +133,9 @@ def _load(config: Config, parent: Path) -> _Model:
     )
 
 
-def _answer(model: _Model, task: OpenTask, control: str | None, folder: Path) -> list[dict[str, Any]]:
+def _answer(
+    model: _Model, task: OpenTask, control: str | None, folder: Path, fence: Fence
+) -> list[dict[str, Any]]:
     """Prediction lines of every item, in record order."""
     prompts = [
         model.chat.encode_prompt(item.question.text, model.tokenizer, model.mllm.vision.num_visual_tokens)
@@ -156,11 +161,13 @@ def _answer(model: _Model, task: OpenTask, control: str | None, folder: Path) ->
                 [_stacked(visual, item, model) for item in batch],
                 task.max_new_tokens,
             )
+            fence()
             file.append(
                 _line(task, item, hashes[item.index], asdict(answer))
                 for item, answer in zip(batch, answers, strict=True)
                 if item.index not in file.lines
             )
+        fence()
         return file.finish()
 
 

@@ -157,7 +157,9 @@ class _Pool:
                 died = (
                     f"its process died ({_exit_text(worker.process.exitcode)}); see {run.folder / 'log.txt'}"
                 )
-                self._end(run, EXIT_INTERRUPTED if self.stopping else EXIT_FAILED, died)
+                # its watchdog ends a hung one with EXIT_INTERRUPTED
+                is_resumable = self.stopping or worker.process.exitcode == EXIT_INTERRUPTED
+                self._end(run, EXIT_INTERRUPTED if is_resumable else EXIT_FAILED, died)
 
     def _end(self, run: PlannedRun, code: int, message: str) -> None:
         self.outcomes[run.run_id] = Outcome(run, code, message)

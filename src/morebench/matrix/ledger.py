@@ -8,14 +8,14 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from morebench.errors import EXIT_INTERRUPTED, RunError
+from morebench.errors import EXIT_INTERRUPTED, FencedError, RunError
 
 DONE, LOCK, ATTEMPTS = "DONE", "LOCK", "ATTEMPTS.jsonl"
 
@@ -30,12 +30,36 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a LOCK; `started` tells a living process from a later one with the same pid."""
+    """Who holds a LOCK; `started` tells a living process from a later one with the same pid.
+
+    `job` and `restarts` are SLURM's: a requeued job keeps its number and counts its starts.
+    """
 
     host: str
     pid: int
     started: str
     token: str
+    job: str | None = None
+    restarts: int = 0
+
+    @classmethod
+    def this_process(cls) -> "Owner":
+        """A new holder: the token is drawn."""
+        number, cluster = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_CLUSTER_NAME", "")
+        return cls(
+            socket.gethostname(),
+            os.getpid(),
+            _start_time(os.getpid()),
+            secrets.token_hex(8),
+            f"{cluster}:{number}" if number else None,
+            int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        )
+
+    def succeeds(self, holder: "Owner") -> bool:
+        """A later start of the same job: SLURM started it only because it has given the earlier one up, as
+        when a node was lost. That one may live on unseen; the fence keeps it from writing.
+        """
+        return self.job is not None and self.job == holder.job and self.restarts > holder.restarts
 
     def is_alive(self) -> bool:
         """Another host's process cannot be asked and counts as alive."""
@@ -118,13 +142,25 @@ def last_message(folder: Path) -> str:
 @contextmanager
 def locked(folder: Path) -> Iterator[Owner]:
     """Hold the run. Raises RunError when a living process has it."""
-    me = Owner(socket.gethostname(), os.getpid(), _start_time(os.getpid()), secrets.token_hex(8))
+    me = Owner.this_process()
     _acquire(folder, me)
     try:
         yield me
     finally:
         if owner(folder) == me:
             (folder / LOCK).unlink()
+
+
+def check_owner(folder: Path, me: Owner) -> None:
+    """The fence: raises FencedError once the lock is no longer `me`'s."""
+    holder = owner(folder)
+    if holder == me:
+        return
+    now = f"process {holder.pid} on {holder.host}" if holder is not None else "nobody"
+    raise FencedError(
+        f"{folder.name} was taken from this process ({me.pid} on {me.host}) while it ran: {folder / LOCK} "
+        f"is now held by {now}. This older copy ends here and writes nothing more."
+    )
 
 
 def _acquire(folder: Path, me: Owner) -> None:
@@ -137,7 +173,7 @@ def _acquire(folder: Path, me: Owner) -> None:
                 return
             except FileExistsError:
                 holder = owner(folder)
-                if holder is not None and holder.is_alive():
+                if holder is not None and holder.is_alive() and not me.succeeds(holder):
                     raise RunError(
                         f"{folder.name} is being run by process {holder.pid} on {holder.host}. "
                         f"Wait for it, or delete {lock} if that process is certainly gone."
@@ -178,11 +214,12 @@ def _append(folder: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def mark_done(folder: Path, artefacts: list[Path]) -> None:
-    """Write DONE, the last file of a run, with size and sha256 of every artefact."""
+def mark_done(folder: Path, artefacts: list[Path], fence: Callable[[], None] = lambda: None) -> None:
+    """Write DONE, the last file of a run, with size and sha256 of every artefact, if `fence` allows it."""
     files = {}
     for path in sorted(artefacts):
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": sha256}
+    fence()  # hashing took its time
     write_json(folder / DONE, {"files": files})

@@ -108,9 +108,10 @@ def progress_text(run: PlannedRun) -> str:
         return "preparing"
     total = json.loads((run.folder / "manifest.json").read_text()).get("num_steps", 0)
     left = max(0, total - last["step"] - 1) * last["step_s"]
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.3f}"
     mfu = f"MFU {last['mfu']:.1%}, " if last.get("mfu") is not None else ""
     return (
-        f"step {last['step'] + 1}/{total}, loss {last['loss']:.3f}, "
+        f"step {last['step'] + 1}/{total}, loss {loss}, "
         f"{last['tokens_per_s'] / 1000:.1f}k tokens/s, {mfu}{left:.0f} s left"
     )
 

@@ -5,11 +5,21 @@ import json
 import logging
 import shutil
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from morebench.config.compose import load_config, save_config
 from morebench.config.schema import Step
-from morebench.errors import EXIT_DISK_FULL, EXIT_DONE, EXIT_FAILED, Interrupted, MorebenchError, RunError
+from morebench.errors import (
+    EXIT_DISK_FULL,
+    EXIT_DONE,
+    EXIT_FAILED,
+    FencedError,
+    Interrupted,
+    MorebenchError,
+    RunError,
+)
 from morebench.matrix import ledger
 from morebench.matrix.mirror import Mirror
 from morebench.matrix.plan import PlannedRun
@@ -51,7 +61,7 @@ def execute(folder: Path) -> tuple[int, str]:
     """Run the step that `folder` describes; returns exit code and reason, and leaves both in ATTEMPTS."""
     try:
         return _execute(folder)
-    except RunError as error:  # somebody else holds the lock
+    except RunError as error:  # somebody else holds the lock, or has taken it: no line of ours in ATTEMPTS
         return error.exit_code, str(error)
 
 
@@ -61,8 +71,10 @@ def _execute(folder: Path) -> tuple[int, str]:
             return EXIT_DONE, ""
         number = ledger.begin_attempt(folder, me)
         try:
-            _run(folder)
+            _run(folder, partial(ledger.check_owner, folder, me))
             code, message = EXIT_DONE, ""
+        except FencedError:
+            raise
         except MorebenchError as error:
             code, message = error.exit_code, str(error)
         except OSError as error:
@@ -76,7 +88,7 @@ def _execute(folder: Path) -> tuple[int, str]:
         return code, message
 
 
-def _run(folder: Path) -> None:
+def _run(folder: Path, fence: Callable[[], None]) -> None:
     config = load_config(folder / "config.yaml")
     step = Step[json.loads((folder / "manifest.json").read_text())["step"]]
     parents = {
@@ -92,14 +104,15 @@ def _run(folder: Path) -> None:
         if step is Step.evaluate:
             from morebench.evaluation.run import evaluate
 
-            evaluate(config, folder, parents[Step.finetune])
+            evaluate(config, folder, parents[Step.finetune], fence)
         else:
             from morebench.training.run import train
 
-            train(config, step, folder, parents)
+            train(config, step, folder, parents, fence)
+        fence()
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         artefacts = [path for path in folder.rglob("*") if path.is_file() and _is_artefact(path, folder)]
-        ledger.mark_done(folder, artefacts)
+        ledger.mark_done(folder, artefacts, fence)
         status = "FINISHED"
     except Interrupted:
         status = "KILLED"

@@ -127,7 +127,7 @@ def loss_curve(folder: Path) -> dict[int, float]:
     """Optimizer step -> loss; a step that a resume repeated counts once."""
     path = folder / "metrics.jsonl"
     lines = read_lines(path) if path.is_file() else []
-    return {int(line["step"]): float(line["loss"]) for line in lines if "loss" in line}
+    return {int(line["step"]): float(line["loss"]) for line in lines if line.get("loss") is not None}
 
 
 def read_json(path: Path, default: Any = None) -> Any:

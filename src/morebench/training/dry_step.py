@@ -85,6 +85,20 @@ class DryStep(Callback):
 
 
 @contextmanager
+def memory_named(micro_batch_tokens: int) -> Iterator[None]:
+    """Around the steps themselves: what no longer fits would not fit at the next try either."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "The device's memory was full in the middle of training, though the largest micro-batch had "
+            "fitted at the start: something else uses it too, or it is in pieces. Start again with "
+            f"trainer.micro_batch_tokens={micro_batch_tokens // 2} (it is {micro_batch_tokens}): that "
+            f"changes speed, no result. {error}"
+        ) from error
+
+
+@contextmanager
 def _room_for_a_step(trainer: Trainer, module: StageModule) -> Iterator[None]:
     """Holds what a later step finds in memory and the first does not: AdamW's two moments, which its first
     `step` makes, and from the second micro-batch of an accumulation on the gradients of those before.

@@ -1,7 +1,9 @@
 """The LightningModule: one global batch, in bins, is one optimizer step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +13,13 @@ from torch import Tensor, nn
 from morebench.config import schema
 from morebench.data.batch import Batch
 from morebench.data.records import Sample
-from morebench.errors import NonFiniteError
 from morebench.models.mllm import MLLM
 from morebench.training.clock import StepClock
+from morebench.training.nonfinite import MicroBatchLoss, NonFinite, gathered, group_of
 from morebench.training.schedule import cosine_with_warmup, num_warmup_steps
 from morebench.training.sharding import Sharding
 from morebench.training.signals import StopRequest
+from morebench.training.told import Told
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,11 @@ class StepStats:
     tokens: int  # visual ones included
     padding: float  # share of positions that hold no token
     grad_norm: float  # before clipping
-    stop: bool  # some rank was asked to stop
     data_wait: float  # seconds without a micro-batch, on the rank that had to wait longest
     peak_memory: int  # bytes, on the rank that took most
     joules: float  # of all ranks' devices since this start; NaN where a driver does not tell
+    skipped: int  # optimizer steps left out so far, this one included
+    told: Told
 
 
 class StageModule(LightningModule):
@@ -51,6 +55,8 @@ class StageModule(LightningModule):
         sharding: Sharding,
         samples: Sequence[Sample],
         stop: StopRequest,
+        skipped: Sequence[int] = (),
+        nonfinite_root: Path | None = None,
     ) -> None:
         super().__init__()
         self.mllm = mllm
@@ -59,8 +65,8 @@ class StageModule(LightningModule):
         self.next_step = first_step
         self.sharding = sharding
         self._warmup_steps = num_warmup_steps(num_steps, recipe.warmup_ratio)
-        self._samples = samples
-        self._stop = stop
+        self.nonfinite = NonFinite(samples, recipe.max_skipped_steps, skipped, nonfinite_root)
+        self.tell: Callable[[], Told] = lambda: Told(stop=stop.signal_name is not None)
         self.clock = StepClock()
         self._seen: list[tuple[Tensor, Batch]] = []
 
@@ -97,20 +103,27 @@ class StageModule(LightningModule):
             torch.stack([batch.cu_seqlens[-1] for _, batch in seen]).double().sum(),
         ]
         known_here = [
-            sum(batch.input_ids.numel() for _, batch in seen),
-            self._stop.signal_name is not None,
-            self.clock.joules(),
             self.clock.data_wait,
             self.clock.peak_memory(),
+            sum(batch.input_ids.numel() for _, batch in seen),
+            self.clock.joules(),
+            *self.tell(),
         ]
         ranks = self._of_all_ranks(
             torch.cat([torch.stack(on_device), grad_norm.new_tensor(known_here, dtype=torch.float64)])
         )
         totals = ranks.sum(dim=0)
-        loss_sum, tokens, positions, stop, joules = totals[:5].tolist()
-        data_wait, peak_memory = ranks[:, 5:].amax(dim=0).tolist()
+        loss_sum, tokens, _, _, positions, joules, *told = totals.tolist()
+        data_wait, peak_memory = ranks[:, 2:4].amax(dim=0).tolist()
         supervised = int(seen[0][1].num_supervised)
         lr = self.recipe.optimizer.lr * cosine_with_warmup(self.next_step, self.num_steps, self._warmup_steps)
+        is_finite = bool(torch.isfinite(totals[0] + grad_norm))  # the same on all ranks
+        if not is_finite:
+            self._note_nonfinite(seen, loss_sum / max(1, supervised), float(grad_norm))
+            self.sharding.leave_out(optimizer, trained)
+        elif self.recipe.gradient_clip_val is not None:
+            # not left to Lightning: it refuses a fused optimizer in bf16, and would sum the norm again
+            self.sharding.clip(trained, self.recipe.gradient_clip_val, grad_norm)
         self.stats = StepStats(
             step=self.next_step,
             loss=loss_sum / max(1, supervised),
@@ -119,16 +132,12 @@ class StageModule(LightningModule):
             tokens=int(tokens),
             padding=1.0 - tokens / positions if positions else 0.0,
             grad_norm=float(grad_norm),
-            stop=stop > 0,
             data_wait=data_wait,
             peak_memory=int(peak_memory),
             joules=joules,
+            skipped=len(self.nonfinite.skipped),
+            told=Told.of(told),
         )
-        if not torch.isfinite(totals[0] + grad_norm):
-            raise NonFiniteError(self._blame(seen))
-        if self.recipe.gradient_clip_val is not None:
-            # not left to Lightning: it refuses a fused optimizer in bf16, and would sum the norm again
-            self.sharding.clip(trained, self.recipe.gradient_clip_val, grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         self.next_step += 1
@@ -164,17 +173,14 @@ class StageModule(LightningModule):
         """[N] -> [ranks, N]: one message in place of one for the sums and one for the maxima."""
         if self.trainer.world_size == 1:
             return values[None]
-        gathered = values.new_empty(self.trainer.world_size, len(values))
-        torch.distributed.all_gather_into_tensor(gathered.view(-1), values)
-        return gathered
+        of_all = values.new_empty(self.trainer.world_size, len(values))
+        torch.distributed.all_gather_into_tensor(of_all.view(-1), values)
+        return of_all
 
-    def _blame(self, seen: Sequence[tuple[Tensor, Batch]]) -> str:
-        bad = [batch for loss, batch in seen if not torch.isfinite(loss)]
-        ids = torch.cat([batch.sample_ids for batch in bad or [batch for _, batch in seen]]).tolist()
-        shown = ", ".join(self._samples[number].id for number in ids[:16])
-        return (
-            f"Optimizer step {self.stats.step}: loss {self.stats.loss}, gradient norm "
-            f"{self.stats.grad_norm}. {'Non-finite loss in' if bad else 'In'} {len(ids)} samples: {shown}"
-            f"{', ...' if len(ids) > 16 else ''}. This step changed no weight. Look at these samples, or "
-            "lower optimizer.lr."
-        )
+    def _note_nonfinite(self, seen: Sequence[tuple[Tensor, Batch]], loss: float, grad_norm: float) -> None:
+        """Raises NonFiniteError on all ranks, or on none."""
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        mine = [MicroBatchLoss(rank, float(sum_), batch.sample_ids.tolist()) for sum_, batch in seen]
+        groups = groupby(self.trained().items(), lambda item: group_of(item[0]))
+        norms = {name: float(self.sharding.grad_norm(dict(members))) for name, members in groups}
+        self.nonfinite.note(self.next_step, loss, grad_norm, gathered(mine, world_size), norms)

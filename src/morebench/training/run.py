@@ -20,7 +20,8 @@ from morebench.errors import Interrupted
 from morebench.models.parts import save_parts
 from morebench.progress import Progress
 from morebench.training.choices import Choices, this_machine, threads_for
-from morebench.training.dry_step import DryStep
+from morebench.training.dry_step import DryStep, memory_named
+from morebench.training.fence import Fence, unfenced
 from morebench.training.files import (
     disk_full_named,
     read_manifest,
@@ -32,22 +33,27 @@ from morebench.training.files import (
 from morebench.training.module import StageModule
 from morebench.training.provenance import provenance
 from morebench.training.resume import Checkpoint, newest_checkpoint
-from morebench.training.saving import Saver
+from morebench.training.saving import Pace, Saver
 from morebench.training.signals import StopRequest
 from morebench.training.spent import Spent, read_lines, spent_before, totals
 from morebench.training.stage import Stage, make_stage, recipe_of
 from morebench.training.strategy import exact_arithmetic, make_trainer, quiet_libraries, sharding_of
 from morebench.training.telemetry import Expense, MetricsFile, Telemetry, device_peak
 from morebench.training.validation import Validation
+from morebench.training.watchdog import Watchdog
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+NONFINITE = "nonfinite"
 
 
-def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]) -> None:
+def train(
+    config: Config, step: Step, folder: Path, parents: Mapping[Step, Path], fence: Fence = unfenced
+) -> None:
     """Write metrics.jsonl and one safetensors file per trained part into `folder`; complete manifest.json.
 
-    A whole result is left alone. Raises Interrupted, NonFiniteError, DiskFullError, DataError, WeightsError.
+    A whole result is left alone. Raises Interrupted, NonFiniteError, DiskFullError, DataError, WeightsError,
+    RunError, and what `fence` does.
     """
     if _is_trained(folder):
         remove_folder(folder / CHECKPOINTS)
@@ -58,6 +64,8 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
         stop = stack.enter_context(StopRequest())
         stack.enter_context(quiet_libraries())
         trainer = make_trainer(config.trainer, recipe)
+        watchdog = Watchdog(config.trainer.hang_timeout_minutes, trainer.global_rank)
+        stack.enter_context(watchdog)
         checkpoint = newest_checkpoint(folder / CHECKPOINTS, _say)
         torch.manual_seed(config.seed)
         planned = read_manifest(folder).get("planned_data")
@@ -71,10 +79,14 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
             _begin_manifest(folder, stage, choices, checkpoint, same, before)
         if stop.signal_name is not None:
             raise Interrupted(f"{stop.signal_name} asked to stop before the first optimizer step.")
-        spent = _fit(stage, trainer, choices, checkpoint, stop, step.name, folder, before, started)
-        parameters = _gather(stage, trainer)
+        module, spent = _fit(
+            stage, trainer, choices, checkpoint, stop, step.name, folder, before, started, fence, watchdog
+        )
+        parameters = {
+            name: value for name, value in module.sharding.gather(module.trained()) if trainer.is_global_zero
+        }
     if trainer.is_global_zero:
-        _finish(stage, parameters, folder, spent)
+        _finish(stage, parameters, module.nonfinite.anomalies(), folder, spent, fence)
 
 
 def _choose(stage: Stage, trainer: LightningTrainer, checkpoint: Checkpoint | None) -> tuple[Choices, bool]:
@@ -129,7 +141,9 @@ def _fit(
     folder: Path,
     before: Spent,
     started: float,
-) -> Spent:
+    fence: Fence,
+    watchdog: Watchdog,
+) -> tuple[StageModule, Spent]:
     config, first_step = stage.config, checkpoint.step if checkpoint is not None else 0
     plan = stage.plan(choices.machine.world_size, choices.micro_batches)
     trainer.accumulate_grad_batches = choices.micro_batches
@@ -141,6 +155,8 @@ def _fit(
         sharding=sharding_of(trainer),
         samples=stage.data.samples,
         stop=stop,
+        skipped=checkpoint.facts["skipped"] if checkpoint is not None else (),
+        nonfinite_root=folder / NONFINITE if trainer.is_global_zero else None,
     )
     if checkpoint is not None:
         _say(f"{label}: continuing after {first_step} of {plan.num_steps} optimizer steps.")
@@ -159,6 +175,7 @@ def _fit(
         validation_batches = stage.dataset(held_out, trainer.global_rank)
         validation = Validation(validation_batches, plan.num_steps, config.trainer.num_workers)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.append(watchdog)
     with ExitStack() as stack:
         metrics = progress = None
         if trainer.is_global_zero:
@@ -167,13 +184,16 @@ def _fit(
         callbacks.append(Telemetry(expense, validation, metrics, progress))
         saver = Saver(
             folder / CHECKPOINTS,
-            config.trainer.checkpoint_every_n_steps,
+            Pace(config.trainer.checkpoint_every_n_steps, config.trainer.checkpoint_every_n_minutes),
             stop,
             metrics,
             choices.facts(),
             started - before.seconds,
             checkpoint,
+            fence,
+            watchdog.beat,
         )
+        stack.callback(saver.close)  # before the metrics file, which its thread syncs
         callbacks.append(saver)
         # the last, so that a signal that comes meanwhile is kept for the first step
         callbacks.append(
@@ -184,32 +204,35 @@ def _fit(
             )
         )
         try:
-            with dead_workers_named():
+            with dead_workers_named(), memory_named(choices.machine.micro_batch_tokens):
                 trainer.fit(module, train_dataloaders=batches)
         except SIGTERMException:  # came while Lightning set itself up, before our handlers were back
             raise Interrupted("SIGTERM asked to stop before an optimizer step.") from None
         if metrics is not None:
             metrics.sync()
-    return expense.so_far(module.stats.joules)
+    return module, expense.so_far(module.stats.joules)
 
 
-def _gather(stage: Stage, trainer: LightningTrainer) -> dict[str, Tensor]:
-    """All trained parameters in full, on the first rank."""
-    trained = {name: value for name, value in stage.mllm.named_parameters() if value.requires_grad}
-    gathered = sharding_of(trainer).gather(trained)
-    return {name: value for name, value in gathered if trainer.is_global_zero}
-
-
-def _finish(stage: Stage, parameters: Mapping[str, Tensor], folder: Path, spent: Spent) -> None:
+def _finish(
+    stage: Stage,
+    parameters: Mapping[str, Tensor],
+    anomalies: list[str],
+    folder: Path,
+    spent: Spent,
+    fence: Fence,
+) -> None:
     """Parts, then their hashes in the manifest, then the checkpoints go: a kill in between loses nothing."""
     for leftover in folder.glob("*.safetensors.tmp-*"):
         leftover.unlink()
+    fence()
     with disk_full_named(folder):
         written = save_parts(stage.mllm, stage.recipe.trainable, folder, parameters)
         sync(folder)
+    fence()
     update_manifest(
         folder,
         {
+            "anomalies": read_manifest(folder)["anomalies"] + anomalies,
             **asdict(spent),
             "training": totals(read_lines(folder / METRICS)),
             "parts": {path.name: sha256(path) for path in written},

@@ -43,6 +43,12 @@ class Sharding(Protocol):
     def clip(self, trained: Parameters, max_norm: float, grad_norm: Tensor) -> None:
         """Scale the gradients in place so that their norm, which is `grad_norm`, is at most `max_norm`."""
 
+    def leave_out(self, optimizer: torch.optim.Optimizer, trained: Parameters) -> None:
+        """Make the optimizer's step that comes next change nothing: no weight, no moment, no count of steps.
+
+        Called instead of `clip` when the global batch's gradient is not finite.
+        """
+
     def parameters(self, trained: Parameters) -> dict[str, Fragment]:
         """This rank's pieces of the fp32 parameters. Of replicas, the first rank has all."""
 
@@ -83,6 +89,10 @@ class Replicated:
 
     def clip(self, trained: Parameters, max_norm: float, grad_norm: Tensor) -> None:
         nn.utils.clip_grads_with_norm_(trained.values(), max_norm, grad_norm)
+
+    def leave_out(self, optimizer: torch.optim.Optimizer, trained: Parameters) -> None:
+        for value in trained.values():
+            value.grad = None  # AdamW passes over what has no gradient
 
     def parameters(self, trained: Parameters) -> dict[str, Fragment]:
         if not self._trainer.is_global_zero:

@@ -18,6 +18,7 @@ from morebench.config.schema import Precision, Strategy, Trainer, TrainRecipe
 from morebench.errors import ConfigError
 from morebench.training.sharding import Replicated, Sharding
 from morebench.training.sharding_fsdp import FullySharded
+from morebench.training.watchdog import group_timeout
 
 _PRECISION: dict[Precision, Any] = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed"}
 
@@ -42,10 +43,14 @@ def make_trainer(machine: Trainer, recipe: TrainRecipe) -> LightningTrainer:
 
 def _strategy(machine: Trainer, world_size: int) -> LightningStrategy | str:
     if machine.strategy is Strategy.fsdp2:
-        return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+        return ModelParallelStrategy(
+            data_parallel_size=world_size, tensor_parallel_size=1, timeout=group_timeout(machine)
+        )
     if machine.strategy is Strategy.ddp or (machine.strategy is Strategy.auto and world_size > 1):
         # buffers are constants (rotary tables): broadcasting them each step would only cost
-        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DDPStrategy(
+            broadcast_buffers=False, gradient_as_bucket_view=True, timeout=group_timeout(machine)
+        )
     if machine.strategy is Strategy.auto:
         return "auto"
     raise ConfigError(f"trainer.strategy={machine.strategy.name} is not there yet.")

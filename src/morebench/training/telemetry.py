@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -104,7 +105,7 @@ class Telemetry(Callback):
         tflops = flops / timing.step / world_size / 1e12
         return {
             "step": stats.step,
-            "loss": stats.loss,
+            "loss": stats.loss if isfinite(stats.loss) else None,
             "validation_loss": validation_loss,
             "lr": stats.lr,
             "supervised_tokens": stats.supervised_tokens,
@@ -121,7 +122,8 @@ class Telemetry(Callback):
             "optimizer_s": None if timing.optimizer is None else round(timing.optimizer, 6),
             "step_s": round(timing.step, 6),
             "peak_memory_gib": round(stats.peak_memory / 2**30, 3),
-            "grad_norm": stats.grad_norm,
+            "grad_norm": stats.grad_norm if isfinite(stats.grad_norm) else None,
+            "skipped": stats.skipped,
             **asdict(self._expense.so_far(stats.joules)),
         }
 
