@@ -21,8 +21,9 @@ _CONTEXT.set_forkserver_preload(["morebench.training.run", "morebench.models.vis
 TIMEOUT = 120  # seconds; a hang is a failure, not a wait
 
 
-def start(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
-    process = _CONTEXT.Process(target=_with_exit_code, args=(function, *arguments), daemon=True)
+def start(function: Callable[..., None], *arguments: Any, daemon: bool = True) -> ForkServerProcess:
+    """`daemon`: it ends with the tests, and may have no processes of its own."""
+    process = _CONTEXT.Process(target=_with_exit_code, args=(function, *arguments), daemon=daemon)
     process.start()
     return process
 
@@ -44,6 +45,23 @@ def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -
         port = free.getsockname()[1]
     ranks = [start(_as_rank, rank, world_size, port, function, *arguments) for rank in range(world_size)]
     return finish(*ranks)
+
+
+class Forked:
+    """In place of the context that starts ranks: forks them, and calls `before` in each of them."""
+
+    Pipe = staticmethod(_CONTEXT.Pipe)
+
+    def __init__(self, before: Callable[[], None]) -> None:
+        self._before = before
+
+    def Process(self, target: Callable[..., None], args: tuple[Any, ...]) -> ForkServerProcess:  # noqa: N802
+        return _CONTEXT.Process(target=_after, args=(self._before, target, *args))
+
+
+def _after(before: Callable[[], None], target: Callable[..., None], *arguments: Any) -> None:
+    before()
+    target(*arguments)
 
 
 def train_step(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]) -> None:

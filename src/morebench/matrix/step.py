@@ -1,6 +1,5 @@
 """Execute one run: lock, train or evaluate, DONE. The body of every backend's job."""
 
-import errno
 import json
 import logging
 import shutil
@@ -9,10 +8,11 @@ from pathlib import Path
 
 from morebench.config.compose import load_config, save_config
 from morebench.config.schema import Step
-from morebench.errors import EXIT_DISK_FULL, EXIT_DONE, EXIT_FAILED, Interrupted, MorebenchError, RunError
+from morebench.errors import EXIT_DONE, Interrupted, RunError, outcome_of
 from morebench.matrix import ledger
 from morebench.matrix.mirror import Mirror
 from morebench.matrix.plan import PlannedRun
+from morebench.matrix.ranks import local_ranks, train_in_ranks
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,15 @@ def _place(run: PlannedRun, run_id: str) -> str:
 
 
 def execute(folder: Path) -> tuple[int, str]:
-    """Run the step that `folder` describes; returns exit code and reason, and leaves both in ATTEMPTS."""
+    """Run the step that `folder` describes; returns exit code and reason, and leaves both in ATTEMPTS.
+
+    Raises HeldError when another process runs it.
+    """
     try:
         return _execute(folder)
-    except RunError as error:  # somebody else holds the lock
+    except ledger.HeldError:
+        raise
+    except RunError as error:  # a damaged LOCK or DONE
         return error.exit_code, str(error)
 
 
@@ -63,15 +68,10 @@ def _execute(folder: Path) -> tuple[int, str]:
         try:
             _run(folder)
             code, message = EXIT_DONE, ""
-        except MorebenchError as error:
-            code, message = error.exit_code, str(error)
-        except OSError as error:
-            full = error.errno == errno.ENOSPC
-            code, message = (EXIT_DISK_FULL if full else EXIT_FAILED), f"{type(error).__name__}: {error}"
-            log.error(traceback.format_exc())
         except Exception as error:
-            code, message = EXIT_FAILED, f"{type(error).__name__}: {error}"
-            log.error(traceback.format_exc())
+            code, message, is_expected = outcome_of(error)
+            if not is_expected:
+                log.error(traceback.format_exc())
         ledger.end_attempt(folder, number, code, message)
         return code, message
 
@@ -93,6 +93,8 @@ def _run(folder: Path) -> None:
             from morebench.evaluation.run import evaluate
 
             evaluate(config, folder, parents[Step.finetune])
+        elif (world_size := local_ranks(config.trainer)) > 1:
+            train_in_ranks(config, step, folder, parents, world_size)
         else:
             from morebench.training.run import train
 

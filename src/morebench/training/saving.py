@@ -45,6 +45,7 @@ class Saver(Callback):
         """Here, because only now parameters and optimizer lie where the strategy puts them."""
         assert isinstance(pl_module, StageModule)
         self._stop.install()
+        self._stop.let_through()
         if self._checkpoint is not None:
             parameters, state = self._checkpoint.pieces("parameters"), self._checkpoint.pieces("optimizer")
             pl_module.sharding.restore(trainer.optimizers[0], pl_module.trained(), parameters, state)
