@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing import get_context
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkProcess, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,19 @@ def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -
 
 
 class Forked:
-    """In place of the context that starts ranks: forks them, and calls `before` in each of them."""
+    """In place of the context that starts ranks: forks them, and calls `before` in each of them.
 
-    Pipe = staticmethod(_CONTEXT.Pipe)
+    For a process that was started here: it has imported everything and computes nothing.
+    """
+
+    _context = get_context("fork")
+    Pipe = staticmethod(_context.Pipe)
 
     def __init__(self, before: Callable[[], None]) -> None:
         self._before = before
 
-    def Process(self, target: Callable[..., None], args: tuple[Any, ...]) -> ForkServerProcess:  # noqa: N802
-        return _CONTEXT.Process(target=_after, args=(self._before, target, *args))
+    def Process(self, target: Callable[..., None], args: tuple[Any, ...]) -> ForkProcess:  # noqa: N802
+        return self._context.Process(target=_after, args=(self._before, target, *args))
 
 
 def _after(before: Callable[[], None], target: Callable[..., None], *arguments: Any) -> None:
