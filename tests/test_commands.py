@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,65 @@ def test_a_polite_stop_exits_75_and_continues(copy: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert list(copy.glob("runs/*/checkpoints/step_*"))
+
+
+def test_two_launches_of_a_run_of_two_ranks_at_the_same_moment(copy: Path) -> None:
+    """One trains, the other waits for it; both are content."""
+    cell = ["-m", *ONE_CELL, "stage=pretrain", "trainer.devices=2"]
+    launches = [
+        subprocess.Popen(
+            [sys.executable, "-m", "morebench.train", *cell],
+            env={**os.environ, "MOREBENCH_ROOT": str(copy)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in launches]
+    assert [process.returncode for process in launches] == [0, 0], errors
+    (folder,) = copy.glob("runs/*")
+    attempts = [json.loads(line) for line in (folder / "ATTEMPTS.jsonl").read_text().splitlines() if line]
+    assert len([line for line in attempts if line.get("begun")]) == 1
+    assert json.loads((folder / "manifest.json").read_text())["world_size"] == 2
+    assert len(metrics(copy, "pretrain")) == 2
+    assert "rank 0 | pretrain" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_folder_that_may_not_be_written_is_named_before_anything_is_built(world: Path) -> None:
+    """As another user: modes do not keep root out."""
+    mine = Path(tempfile.mkdtemp())  # pytest's own temporary folders are closed to others
+    try:
+        mine.chmod(0o755)
+        refused = subprocess.run(
+            [sys.executable, "-m", "morebench.train", "-m", *ONE_CELL, f"paths.runs={mine}/runs"],
+            env={**os.environ, "MOREBENCH_ROOT": str(mine), "HOME": str(mine)},
+            cwd=mine,
+            capture_output=True,
+            text=True,
+            user=65534,
+            timeout=120,
+        )
+    finally:
+        shutil.rmtree(mine)
+    assert refused.returncode == 2, refused.stderr
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(f"error: {mine}/runs cannot be written (Permission denied)")
+    assert "paths.runs=FOLDER" in line
+
+
+def test_an_interrupt_before_a_command_is_there_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "hydra.py").write_text("raise KeyboardInterrupt")  # Ctrl-C while the command imports it
+    for verb in ("train", "plan"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"morebench.{verb}"],
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == -signal.SIGINT
+        assert done.stderr == "error: interrupted.\n"
 
 
 def wait_for(happened: Callable[[], bool], seconds: float = 120.0) -> None:

@@ -243,9 +243,7 @@ def test_lines_of_a_rank_carry_its_number() -> None:
     assert stream.getvalue().endswith("rank 3 | three\n")
 
 
-def test_steps_side_by_side_share_the_cores_by_ranks(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_side_by_side_share_the_cores_by_ranks(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("morebench.matrix.launch.usable_cores", lambda: 16)
     for devices, threads, jobs in [(1, 1, 16), (2, 2, 4), (8, 4, 1), ("auto", 4, 4)]:
         assert default_jobs(with_trainer(config, devices=devices, threads=threads).trainer) == jobs
