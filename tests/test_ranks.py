@@ -1,9 +1,12 @@
 """Several ranks on one machine: they are one run, whoever of them dies."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from io import StringIO
@@ -27,6 +30,8 @@ from morebench.errors import (
     EXIT_USER,
     Interrupted,
     RankError,
+    RunError,
+    outcome_of,
 )
 from morebench.matrix import ledger, ranks
 from morebench.matrix.launch import default_jobs
@@ -102,29 +107,39 @@ def is_rank(number: int) -> bool:
     return os.environ["LOCAL_RANK"] == str(number)
 
 
+def leader() -> int:
+    process = parent_process()
+    assert process is not None
+    assert process.pid is not None
+    return process.pid
+
+
 def kill_rank_1() -> None:
     at_step(3, lambda module: os.kill(os.getpid(), signal.SIGKILL) if is_rank(1) else None)
 
 
-def kill_leader() -> None:
-    def kill(module: Any) -> None:
-        folder = Path(os.environ["RANKS_TEST_FOLDER"])
-        (folder / f".pid{os.environ['LOCAL_RANK']}").write_text(str(os.getpid()))
-        while len(list(folder.glob(".pid*"))) < 2:
-            time.sleep(0.01)
-        leader = parent_process()
-        if is_rank(1) and leader is not None and leader.pid is not None:
-            os.kill(leader.pid, signal.SIGKILL)
-        time.sleep(60)
+class KillLeader:
+    """In rank 1, once both ranks have left their process ids in `folder`."""
 
-    at_step(3, kill)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self) -> None:
+        at_step(3, self.kill)
+
+    def kill(self, module: Any) -> None:
+        (self.folder / f".pid{os.environ['LOCAL_RANK']}").write_text(str(os.getpid()))
+        while len(list(self.folder.glob(".pid*"))) < 2:
+            time.sleep(0.01)
+        if is_rank(1):
+            os.kill(leader(), signal.SIGKILL)
+        time.sleep(60)
 
 
 def term_to_leader() -> None:
     def ask(module: Any) -> None:
-        leader = parent_process()
-        if is_rank(1) and leader is not None and leader.pid is not None:
-            os.kill(leader.pid, signal.SIGTERM)
+        if is_rank(1):
+            os.kill(leader(), signal.SIGTERM)
         while module._stop.signal_name is None:  # handed to every rank
             time.sleep(0.01)
 
@@ -177,12 +192,9 @@ def test_a_signal_to_the_leader_reaches_every_rank(config: Config, whole: Path, 
     check_continues(folder, whole)
 
 
-def test_nobody_outlives_a_killed_leader(
-    config: Config, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_outlives_a_killed_leader(config: Config, whole: Path, tmp_path: Path) -> None:
     folder = planned(tmp_path / "run", config, devices=2)
-    code = finish(start(_lead_with_pids, folder, daemon=False))
-    assert code == [-signal.SIGKILL]
+    assert finish(start(lead, KillLeader(folder), folder, daemon=False)) == [-signal.SIGKILL]
     pids = [int(path.read_text()) for path in folder.glob(".pid*")]
     assert len(pids) == 2
     deadline = time.monotonic() + 30
@@ -192,19 +204,6 @@ def test_nobody_outlives_a_killed_leader(
     for path in folder.glob(".pid*"):
         path.unlink()
     check_continues(folder, whole)
-
-
-def _lead_with_pids(folder: Path) -> None:
-    lead(_KillLeader(folder), folder)
-
-
-class _KillLeader:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self) -> None:
-        os.environ["RANKS_TEST_FOLDER"] = str(self.folder)
-        kill_leader()
 
 
 def test_the_cause_is_told_and_not_what_followed(config: Config, tmp_path: Path) -> None:
@@ -257,3 +256,34 @@ def test_srun_starts_its_own_ranks(config: Config, monkeypatch: pytest.MonkeyPat
     assert local_ranks(four) == 4
     monkeypatch.setenv("SLURM_NTASKS", "4")
     assert local_ranks(four) == 1
+
+
+def as_another_user(folder: Path) -> None:
+    from morebench import prepare, show  # noqa: F401
+    from morebench.config.assemble import assemble
+    from morebench.config.experiments import expand
+    from morebench.matrix import launch as _  # noqa: F401
+    from morebench.train import launch
+
+    cell = ["experiments=digits", "llm=llama_tiny", "vision=clip_tiny"]
+    composed = assemble(expand([*cell, f"paths.root={folder}", f"paths.runs={folder}/runs"]))
+    os.setuid(65534)  # modes do not keep root out
+    with pytest.raises(RunError, match=r"/runs cannot be written \(Permission denied\).*paths\.runs=FOLDER"):
+        launch(composed, {})
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_folder_that_may_not_be_written_is_named_before_anything_is_built() -> None:
+    folder = Path(tempfile.mkdtemp())  # pytest's own temporary folders are closed to others
+    try:
+        folder.chmod(0o755)
+        assert finish(start(as_another_user, folder)) == [0]
+        assert not list(folder.iterdir())
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_file_that_may_not_be_written_is_no_reason_to_retry() -> None:
+    for number, code in [(errno.EACCES, EXIT_USER), (errno.EROFS, EXIT_USER), (errno.EDQUOT, EXIT_DISK_FULL)]:
+        assert outcome_of(OSError(number, "no", "cache/index"))[0] == code
+    assert outcome_of(OSError(errno.EIO, "broken"))[0] == EXIT_FAILED
