@@ -132,6 +132,42 @@ def test_a_polite_stop_exits_75_and_continues(copy: Path) -> None:
     assert list(copy.glob("runs/*/checkpoints/step_*"))
 
 
+def test_two_launches_of_a_run_of_two_ranks_at_the_same_moment(copy: Path) -> None:
+    """One trains, the other waits for it; both are content."""
+    cell = ["-m", *ONE_CELL, "stage=pretrain", "trainer.devices=2"]
+    launches = [
+        subprocess.Popen(
+            [sys.executable, "-m", "morebench.train", *cell],
+            env={**os.environ, "MOREBENCH_ROOT": str(copy)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in launches]
+    assert [process.returncode for process in launches] == [0, 0], errors
+    (folder,) = copy.glob("runs/*")
+    attempts = [json.loads(line) for line in (folder / "ATTEMPTS.jsonl").read_text().splitlines() if line]
+    assert len([line for line in attempts if line.get("begun")]) == 1
+    assert json.loads((folder / "manifest.json").read_text())["world_size"] == 2
+    assert len(metrics(copy, "pretrain")) == 2
+    assert "rank 0 | pretrain" in (folder / "log.txt").read_text()
+
+
+def test_an_interrupt_before_a_command_is_there_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "hydra.py").write_text("raise KeyboardInterrupt")  # Ctrl-C while the command imports it
+    for verb in ("train", "plan"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"morebench.{verb}"],
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == -signal.SIGINT
+        assert done.stderr == "error: interrupted.\n"
+
+
 def wait_for(happened: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not happened():

@@ -7,8 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
 from urllib.error import URLError
@@ -16,14 +18,18 @@ from urllib.request import urlopen
 
 import pytest
 import yaml
+from factories_training import make_cell
 
-from morebench.config.schema import Tracking
+from morebench.config.compose import save_config
+from morebench.config.schema import Config, Tracking
 from morebench.errors import ConfigError, MorebenchError, RunError
 from morebench.matrix import ledger, mirror, mirror_store
 from morebench.matrix.mirror import Mirror, prepare, sync
 from morebench.matrix.mirror_source import NAMES_FILE, MetricsTail, Names
 from morebench.matrix.mirror_store import load_mlflow, redact
 from morebench.matrix.shipper import Shipper
+from morebench.matrix.step import execute
+from morebench.track import command as track
 
 AXES = {
     "llm": "gemma2_tiny",
@@ -421,6 +427,78 @@ def check_delays(uri: str, folder: Path, caplog: pytest.LogCaptureFixture) -> No
     assert 0.9 < time.monotonic() - began < 1.5
     assert "track sync" in caplog.text
     assert "s3cret" not in caplog.text
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return make_cell(tmp_path_factory.mktemp("cell"))
+
+
+def test_a_run_trains_while_no_request_is_ever_answered(
+    silent_server: str, cell: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train_without_tracking(silent_server, cell, tmp_path, monkeypatch)
+
+
+def test_a_run_trains_without_a_server_and_nothing_is_lost(
+    tracking: Tracking, cell: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = train_without_tracking(f"http://127.0.0.1:{free_port()}", cell, tmp_path, monkeypatch)
+    track(
+        [
+            "sync",
+            f"paths.runs={tmp_path}",
+            f"tracking.uri={tracking.uri}",
+            f"tracking.experiment={tracking.experiment}",
+        ]
+    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps_of(tracking) == steps_of(tracking, "train/step_s") == [line["step"] for line in lines]
+    assert runs_of(tracking)["step"][0].info.status == "FINISHED"
+
+
+def train_without_tracking(uri: str, cell: Config, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That it ends shows that no step waits for an answer; and only the mirror's thread ever asks."""
+    askers, opened = set(), Shipper.open
+
+    def noted(self: Shipper) -> None:
+        askers.add(threading.current_thread().name)
+        opened(self)
+
+    monkeypatch.setattr(Shipper, "open", noted)
+    monkeypatch.setattr(Mirror.close, "__defaults__", (0.3, "FINISHED"))
+    folder = root / "run"
+    folder.mkdir()
+    for name, content in [
+        ("manifest.json", {"run_id": "run", "step": "pretrain"}),
+        ("cell.json", AXES),
+        ("parents.json", {}),
+    ]:
+        ledger.write_json(folder / name, content)
+    save_config(replace(cell, tracking=Tracking(uri=uri, experiment="any")), folder / "config.yaml")
+    assert execute(folder) == (0, "")
+    assert ledger.is_done(folder)
+    assert askers == {"mlflow-mirror"}
+    return folder
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_clock_that_jumps_costs_the_mirror_nothing(tracking: Tracking, folder: Path, days: int):
+    """By a day, after the start and again before the end of each of two starts."""
+    for steps in (range(5), range(5, 10)):
+        live = Mirror(tracking, folder, CELL, "finetune", "digits")
+        append(folder, steps)
+        live.start()
+        wait_for(lambda steps=steps: steps_are_there(tracking, steps.stop))
+        then = time.time() + days * 86400
+        os.utime(folder / NAMES_FILE, (then, then))
+        os.utime(folder / "metrics.jsonl", (then, then))
+        if steps.stop == 10:
+            finish(folder)
+            os.utime(folder / "DONE", (then, then))
+        assert live.close(status="FINISHED" if steps.stop == 10 else "KILLED")
+    assert steps_of(tracking) == list(range(10))
+    assert runs_of(tracking)["step"][0].info.status == "FINISHED"
 
 
 def test_sync_says_when_nobody_answers(folder: Path):

@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
@@ -87,6 +88,33 @@ def test_who_is_slow_and_alive_is_waited_for(tmp_path: Path, monkeypatch: pytest
     first = Thread(target=lambda: once(made, load(made), lambda: (time.sleep(0.6), make())[1]))
     first.start()
     while not (tmp_path / "made.lock").exists():
+        time.sleep(0.01)
+    assert once(made, load(made), slowly(made, log, "second")) == "first"
+    first.join()
+    assert log.read_text() == "first\n"
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_clock_that_jumps_makes_nobody_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: int
+) -> None:
+    """The clock of this machine, and that of the file server."""
+    monkeypatch.setattr(once_module, "PATIENCE", 0.3)
+    monkeypatch.setattr(once_module, "BEAT", 0.02)
+    made, log, lock = tmp_path / "made", tmp_path / "log", tmp_path / "made.lock"
+    now = time.time
+
+    def make() -> str:
+        for jump in range(20):
+            monkeypatch.setattr(time, "time", lambda jump=jump: now() + jump % 2 * days * 86400)
+            with suppress(FileNotFoundError):
+                os.utime(lock, (time.time(), time.time()))
+            time.sleep(0.03)
+        return slowly(made, log, "first")()
+
+    first = Thread(target=lambda: once(made, load(made), make))
+    first.start()
+    while not lock.exists():
         time.sleep(0.01)
     assert once(made, load(made), slowly(made, log, "second")) == "first"
     first.join()

@@ -41,7 +41,7 @@ def test_a_stopped_rank_ends_the_others_and_the_run_goes_on(config: Config, tmp_
 
 def test_a_data_worker_that_hangs_ends_the_run(config: Config, tmp_path: Path) -> None:
     one = with_trainer(config, num_workers=1, hang_timeout_minutes=MINUTES)
-    assert finish(start(_hang_at_item_4, one, tmp_path, has_children=True)) == [EXIT_INTERRUPTED]
+    assert finish(start(_hang_at_item_4, one, tmp_path, daemon=False)) == [EXIT_INTERRUPTED]
     assert len(metrics(tmp_path)) <= 4
     worker = int((tmp_path / "worker").read_text())
     with pytest.raises(ProcessLookupError):  # it would hold its memory for ever

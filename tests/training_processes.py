@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing import get_context
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkProcess, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ _CONTEXT.set_forkserver_preload(["morebench.training.run", "morebench.models.vis
 TIMEOUT = 120  # seconds; a hang is a failure, not a wait
 
 
-def start(function: Callable[..., None], *arguments: Any, has_children: bool = False) -> ForkServerProcess:
-    process = _CONTEXT.Process(target=_with_exit_code, args=(function, *arguments), daemon=not has_children)
+def start(function: Callable[..., None], *arguments: Any, daemon: bool = True) -> ForkServerProcess:
+    """`daemon`: it ends with the tests, and may have no processes of its own."""
+    process = _CONTEXT.Process(target=_with_exit_code, args=(function, *arguments), daemon=daemon)
     process.start()
     return process
 
@@ -47,6 +48,27 @@ def start_ranks(world_size: int, function: Callable[..., None], *arguments: Any)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [start(_as_rank, rank, world_size, port, function, *arguments) for rank in range(world_size)]
+
+
+class Forked:
+    """In place of the context that starts ranks: forks them, and calls `before` in each of them.
+
+    For a process that was started here: it has imported everything and computes nothing.
+    """
+
+    _context = get_context("fork")
+    Pipe = staticmethod(_context.Pipe)
+
+    def __init__(self, before: Callable[[], None]) -> None:
+        self._before = before
+
+    def Process(self, target: Callable[..., None], args: tuple[Any, ...]) -> ForkProcess:  # noqa: N802
+        return self._context.Process(target=_after, args=(self._before, target, *args))
+
+
+def _after(before: Callable[[], None], target: Callable[..., None], *arguments: Any) -> None:
+    before()
+    target(*arguments)
 
 
 def train_step(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]) -> None:

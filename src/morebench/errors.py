@@ -63,10 +63,34 @@ class DiskFullError(MorebenchError):
     exit_code = EXIT_DISK_FULL
 
 
+class RankError(MorebenchError):
+    """One of the processes that train a run together ended badly; has the exit code of that rank."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class Interrupted(MorebenchError):
     """Asked to stop by a signal; the state was saved and the next start continues from it."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def outcome_of(error: Exception) -> tuple[int, str, bool]:
+    """Exit code, message, and whether the message says all: otherwise the log needs a traceback."""
+    if isinstance(error, MorebenchError):
+        return error.exit_code, str(error), True
+    code, number = EXIT_FAILED, getattr(error, "errno", None)
+    if isinstance(error, OSError) and number in _FULL:
+        code = EXIT_DISK_FULL
+    elif isinstance(error, OSError) and number in _FORBIDDEN:
+        code = EXIT_USER  # a retry would be refused too
+    return code, f"{type(error).__name__}: {error}", False
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """What processes that share a machine ask of it, and owe each other."""
 
+import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +28,28 @@ def start_pool_process() -> None:
     leave_with_parent(signal.SIGKILL)
 
 
+def log_to_stderr() -> None:
+    """As it is now: to be called again when it changes."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def exit_text(code: int | None) -> str:
+    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+
+
 @contextmanager
 def interrupts_held() -> Iterator[None]:
     """Ctrl-C waits until afterwards: a process that is started meanwhile never sees it, not even early on."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with signals_held(signal.SIGINT):
+        yield
+
+
+@contextmanager
+def signals_held(*numbers: signal.Signals) -> Iterator[None]:
+    """They wait until afterwards; in a process that is started meanwhile until it lets them through."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:

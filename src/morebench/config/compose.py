@@ -181,7 +181,9 @@ def save_config(config: Config, path: Path) -> None:
             Path(os.path.relpath(folder.absolute(), path.absolute().parent)) if inside else folder.absolute()
         )
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(_place_weights(config, written))))
+    aside = path.with_name(f".{path.name}.{os.getpid()}")  # another launch may be reading it just now
+    aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(_place_weights(config, written))))
+    aside.replace(path)
 
 
 def load_config(path: Path) -> Config:

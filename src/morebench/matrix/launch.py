@@ -1,10 +1,8 @@
 """Run what a plan is missing on this machine: warm worker processes, one crash costs one step."""
 
-import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,10 +19,13 @@ from morebench.matrix import ledger, mirror
 from morebench.matrix.ledger import State
 from morebench.matrix.plan import Plan, PlannedRun
 from morebench.matrix.progress import Display
+from morebench.matrix.ranks import local_ranks
 from morebench.matrix.step import execute, prepare_run
-from morebench.processes import leave_with_parent, usable_cores
+from morebench.processes import exit_text, leave_with_parent, log_to_stderr, signals_held, usable_cores
 
 _POLL_S = 0.5  # how often the display is refreshed and runs of other processes are looked at
+_HELD = -1  # instead of an exit code: another process runs it
+_ELSEWHERE = "running in another process"
 _GRACE_S = 60.0  # how long a worker may take to save its state when it is told to stop
 
 
@@ -53,9 +54,9 @@ def launch_local(plan: Plan, n_jobs: int | None) -> list[Outcome]:
 
 
 def default_jobs(trainer: Trainer) -> int:
-    """Steps at a time: all cores, `threads` each, on CPU; one that has all devices on an accelerator."""
+    """Steps at a time: on CPU all cores, `threads` for each rank; on an accelerator one, with all devices."""
     if trainer.accelerator == "cpu" and trainer.threads:
-        return max(1, usable_cores() // trainer.threads)
+        return max(1, usable_cores() // (trainer.threads * local_ranks(trainer)))
     return 1
 
 
@@ -65,7 +66,8 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         # Not a daemon: data-loading workers are its children.
         self.process: BaseProcess = context.Process(target=_work, args=(theirs, threads))
-        self.process.start()
+        with signals_held(signal.SIGINT):
+            self.process.start()
         theirs.close()
         self.run: PlannedRun | None = None
 
@@ -113,7 +115,7 @@ class _Pool:
             elif any(parent.run_id in run.parents.values() for parent in self._unfinished(run)):
                 continue
             elif ledger.state(run.folder) is State.running:
-                self.display.note(run, "running in another process")
+                self.display.note(run, _ELSEWHERE)
             elif ledger.is_done(run.folder):  # another process finished it while we waited
                 self.waiting.remove(run)
                 self._end(run, EXIT_DONE, "")
@@ -151,11 +153,15 @@ class _Pool:
                 except (EOFError, OSError):
                     continue  # died: its sentinel says so
                 worker.run = None
-                self._end(run, code, message)
+                if code == _HELD:  # the other of two launches at the same moment was faster
+                    self.waiting.append(run)
+                    self.display.note(run, _ELSEWHERE)
+                else:
+                    self._end(run, code, message)
             elif worker.process.sentinel in ready:
                 self.workers.remove(worker)
                 died = (
-                    f"its process died ({_exit_text(worker.process.exitcode)}); see {run.folder / 'log.txt'}"
+                    f"its process died ({exit_text(worker.process.exitcode)}); see {run.folder / 'log.txt'}"
                 )
                 # its watchdog ends a hung one with EXIT_INTERRUPTED
                 is_resumable = self.stopping or worker.process.exitcode == EXIT_INTERRUPTED
@@ -170,10 +176,6 @@ class _Pool:
         for worker in self.workers:
             if worker.run and worker.process.is_alive():
                 worker.process.terminate()
-
-
-def _exit_text(code: int | None) -> str:
-    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
 
 
 @contextmanager
@@ -208,7 +210,8 @@ def _work(connection: Connection, threads: int | None) -> None:
         with (folder / "log.txt").open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-        connection.send(execute(folder))
+        log_to_stderr()
+        try:
+            connection.send(execute(folder))
+        except ledger.HeldError as error:
+            connection.send((_HELD, str(error)))

@@ -20,6 +20,10 @@ from morebench.errors import EXIT_INTERRUPTED, FencedError, RunError
 DONE, LOCK, ATTEMPTS = "DONE", "LOCK", "ATTEMPTS.jsonl"
 
 
+class HeldError(RunError):
+    """Another process runs it."""
+
+
 class State(Enum):
     missing = "missing"
     running = "running"
@@ -141,7 +145,7 @@ def last_message(folder: Path) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Owner]:
-    """Hold the run. Raises RunError when a living process has it."""
+    """Hold the run. Raises HeldError when a living process has it."""
     me = Owner.this_process()
     _acquire(folder, me)
     try:
@@ -174,13 +178,13 @@ def _acquire(folder: Path, me: Owner) -> None:
             except FileExistsError:
                 holder = owner(folder)
                 if holder is not None and holder.is_alive() and not me.succeeds(holder):
-                    raise RunError(
+                    raise HeldError(
                         f"{folder.name} is being run by process {holder.pid} on {holder.host}. "
                         f"Wait for it, or delete {lock} if that process is certainly gone."
                     ) from None
                 if holder is not None:
                     _remove_stale(lock, holder, me)
-        raise RunError(f"{folder.name}: another process took {lock} at the same moment. Start again.")
+        raise HeldError(f"{folder.name}: another process took {lock} at the same moment. Start again.")
     finally:
         mine.unlink(missing_ok=True)
 

@@ -1,6 +1,5 @@
 """Execute one run: lock, train or evaluate, DONE. The body of every backend's job."""
 
-import errno
 import json
 import logging
 import shutil
@@ -11,18 +10,11 @@ from pathlib import Path
 
 from morebench.config.compose import load_config, save_config
 from morebench.config.schema import Step
-from morebench.errors import (
-    EXIT_DISK_FULL,
-    EXIT_DONE,
-    EXIT_FAILED,
-    FencedError,
-    Interrupted,
-    MorebenchError,
-    RunError,
-)
+from morebench.errors import EXIT_DONE, FencedError, Interrupted, RunError, outcome_of
 from morebench.matrix import ledger
 from morebench.matrix.mirror import Mirror
 from morebench.matrix.plan import PlannedRun
+from morebench.matrix.ranks import local_ranks, train_in_ranks
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +50,15 @@ def _place(run: PlannedRun, run_id: str) -> str:
 
 
 def execute(folder: Path) -> tuple[int, str]:
-    """Run the step that `folder` describes; returns exit code and reason, and leaves both in ATTEMPTS."""
+    """Run the step that `folder` describes; returns exit code and reason, and leaves both in ATTEMPTS.
+
+    Raises HeldError when another process runs it.
+    """
     try:
         return _execute(folder)
-    except RunError as error:  # somebody else holds the lock, or has taken it: no line of ours in ATTEMPTS
+    except ledger.HeldError:
+        raise
+    except RunError as error:  # a damaged LOCK or DONE, or the lock was taken: no line of ours in ATTEMPTS
         return error.exit_code, str(error)
 
 
@@ -75,15 +72,10 @@ def _execute(folder: Path) -> tuple[int, str]:
             code, message = EXIT_DONE, ""
         except FencedError:
             raise
-        except MorebenchError as error:
-            code, message = error.exit_code, str(error)
-        except OSError as error:
-            full = error.errno == errno.ENOSPC
-            code, message = (EXIT_DISK_FULL if full else EXIT_FAILED), f"{type(error).__name__}: {error}"
-            log.error(traceback.format_exc())
         except Exception as error:
-            code, message = EXIT_FAILED, f"{type(error).__name__}: {error}"
-            log.error(traceback.format_exc())
+            code, message, is_expected = outcome_of(error)
+            if not is_expected:
+                log.error(traceback.format_exc())
         ledger.end_attempt(folder, number, code, message)
         return code, message
 
@@ -105,6 +97,8 @@ def _run(folder: Path, fence: Callable[[], None]) -> None:
             from morebench.evaluation.run import evaluate
 
             evaluate(config, folder, parents[Step.finetune], fence)
+        elif (world_size := local_ranks(config.trainer)) > 1:
+            train_in_ranks(config, step, folder, parents, world_size, fence)
         else:
             from morebench.training.run import train
 

@@ -86,6 +86,7 @@ class Saver(Callback):
         """Here, because only now parameters and optimizer lie where the strategy puts them."""
         assert isinstance(pl_module, StageModule)
         self._stop.install()
+        self._stop.let_through()
         pl_module.tell = lambda: self._tell(pl_module.next_step + 1)
         self._open_writer(trainer)
         if self._checkpoint is not None:

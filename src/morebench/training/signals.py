@@ -35,6 +35,11 @@ class StopRequest:
             for number in ASKING:
                 signal.signal(number, self._note)
 
+    def let_through(self) -> None:
+        """Signals that a rank was started without, so that it could not leave before the others saw them."""
+        if self._in_main_thread():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
 
