@@ -20,7 +20,9 @@ def token_facts(index: LengthIndex) -> dict[str, Any]:
     return {
         **_facts(index.lengths),
         "tokens": int(index.lengths.sum(dtype=np.int64)),
+        "squared_lengths": int((index.lengths.astype(np.int64) ** 2).sum()),
         "supervised": int(index.supervised.sum(dtype=np.int64)),
+        "images": int(index.num_images.sum(dtype=np.int64)),  # an image counts as often as it is shown
         "truncated": index.truncated,
         "unsupervised": index.unsupervised,
     }
