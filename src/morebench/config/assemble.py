@@ -50,7 +50,9 @@ def _nodes(wanted: Sequence[Iterable[_Overrides]]) -> dict[tuple[str, _Overrides
     """By axis and overrides. Axes know nothing of each other, so that one compose gives a node of each."""
     nodes: dict[tuple[str, _Overrides], _Node] = {}
     for together in zip_longest(*wanted):
-        asked = {axis: overrides for axis, overrides in zip(AXES, together, strict=True) if overrides is not None}
+        asked = {
+            axis: overrides for axis, overrides in zip(AXES, together, strict=True) if overrides is not None
+        }
         try:
             composed = compose_config([text for overrides in asked.values() for text in overrides])
         except ConfigError:

@@ -156,7 +156,9 @@ def not_plainly_right(config: Config, override: Override) -> list[str]:
     node: Any = config
     for part in path:
         node = getattr(node, part, None)
-    field = next((field for field in fields(node) if field.name == name), None) if is_dataclass(node) else None
+    field = (
+        next((field for field in fields(node) if field.name == name), None) if is_dataclass(node) else None
+    )
     if field is None or field.type not in (int, int | None):
         return list(override.values)
     low, high = field.metadata.get("bounds", (-inf, inf))

@@ -180,7 +180,9 @@ class TrainingData:
     allowed_links: list[str] = unidentified()  # absolute: where links in `images` may lead to outside it
     also_quarantine: list[str] = unidentified()  # kinds of findings that are otherwise counted and kept
     num_samples: int | None  # records, as published; another count is an error
-    assumed_lengths: list[AssumedLength] = unidentified()  # `plan` prices by them until `data check` has counted
+    assumed_lengths: list[AssumedLength] = (
+        unidentified()
+    )  # `plan` prices by them until `data check` has counted
     build: dict[str, Any] | None  # recipe that makes the files when they are missing
 
 

@@ -11,6 +11,11 @@ NUM_BINS = 60
 QUANTILES = (50, 90, 99, 100)
 
 
+def length_name(llm: str, chat: str, num_visual_tokens: int, max_length: int) -> str:
+    """What `Manifest.tokens` calls the lengths for an LLM (its choice) and a chat format (its label)."""
+    return f"{llm}, chat {chat}, {num_visual_tokens} visual tokens, at most {max_length:,}"
+
+
 def character_facts(samples: RecordStore) -> dict[str, Any]:
     """Of all questions and answers of a sample, image tokens included."""
     return _facts(samples.num_characters())
