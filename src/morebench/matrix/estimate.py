@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from morebench.config.schema import Config, Features, Part, Step, TrainingData, TrainRecipe
+from morebench.config.schema import Config, Features, Part, Precision, Step, TrainingData, TrainRecipe
 from morebench.data.checked import Manifest, Status, data_state
 from morebench.matrix.fit import fit, proposal
 from morebench.matrix.lengths import Reading, reading
@@ -99,19 +99,17 @@ def _cost(config: Config, recipe: TrainRecipe, read: Reading, machine: Machine) 
     model = sizes(config)
     if config.features is not Features.computed:
         model = replace(model, vision_image=0)
-    useful = total_flops(model, *_sums(read), recipe.trainable)
+    useful = total_flops(
+        model, read.tokens, read.squared_lengths, read.images, read.supervised, recipe.trainable
+    )
+    # neither a GPU's peak nor the bytes that a step keeps are those of fp32
+    if machine.gpu is None or recipe.precision is not Precision.bf16:
+        return Estimate(machine.num_gpus, useful)
     found = fit(config, recipe, read, machine)
-    seconds = None
-    if machine.gpu is not None:
-        again = found.recomputed * _forward(model, read)
-        reached = machine.gpu.bf16_tflops * 1e12 * machine.gpu.reached
-        seconds = (useful + again) / (machine.num_gpus * reached)
+    done = useful + found.recomputed * _forward(model, read)
+    seconds = done / (machine.num_gpus * machine.gpu.bf16_tflops * 1e12 * machine.gpu.reached)
     remedy = "" if found.fits else proposal(config, recipe, read, machine)
     return Estimate(machine.num_gpus, useful, seconds, found.memory, found.recomputed, remedy=remedy)
-
-
-def _sums(read: Reading) -> tuple[float, float, float, float]:
-    return read.tokens, read.squared_lengths, read.images, read.supervised
 
 
 def _forward(model: Sizes, read: Reading) -> float:

@@ -72,8 +72,7 @@ def _micro_batch(config: Config, recipe: TrainRecipe, read: Reading, recomputed:
 
     def kept(length: float, images: float) -> float:
         text = max(0.0, length - images * visual)
-        numbers = (length, images, text * supervised)
-        return memory(config, *numbers, recipe.trainable, recomputed).sample  # type: ignore[type-var]
+        return memory(config, length, images, text * supervised, recipe.trainable, recomputed).sample
 
     longest = kept(read.longest, round(read.images / read.samples))
     if config.trainer.micro_batch_tokens is None:

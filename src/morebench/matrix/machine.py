@@ -25,15 +25,20 @@ class Machine:
 
 
 def machine_of(trainer: Trainer, here: tuple[str, ...], is_planned: bool = True) -> Machine:
-    """`here`: names of this machine's GPUs. A planned run may happen elsewhere: what is open is assumed.
+    """`here`: names of this machine's GPUs.
+
+    A planned run may happen elsewhere: on `trainer.gpu`, and what is open is assumed. Otherwise only this
+    machine counts.
 
     Raises ConfigError for a `trainer.gpu` that has no file.
     """
-    notes = []
-    if trainer.gpu is not None:
-        found: Gpu | None = gpu(trainer.gpu)
+    notes: list[str] = []
+    asked = gpu(trainer.gpu) if trainer.gpu is not None else None
+    found = None
+    if is_planned and asked is not None:
+        found = asked
     elif trainer.accelerator == "cpu":
-        found = None
+        pass
     elif here:
         found = gpu_called(here[0])
         if found is None:
@@ -41,11 +46,9 @@ def machine_of(trainer: Trainer, here: tuple[str, ...], is_planned: bool = True)
     elif is_planned:
         found = gpu(_STUDY)
         notes.append(f"GPU: {found.label}, there being none here; another: trainer.gpu=NAME")
-    else:
-        found = None
     if trainer.devices.isdigit():
         devices = int(trainer.devices)
-    elif here and trainer.gpu is None and trainer.accelerator != "cpu":
+    elif here and trainer.accelerator != "cpu" and not (is_planned and asked is not None):
         devices = len(here)
     else:
         devices = 1

@@ -13,6 +13,7 @@ from morebench.errors import EXIT_DISK_FULL, EXIT_DONE, EXIT_FAILED, Interrupted
 from morebench.matrix import ledger
 from morebench.matrix.mirror import Mirror
 from morebench.matrix.plan import PlannedRun
+from morebench.matrix.prediction import write_prediction
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def _run(folder: Path) -> None:
     }
     cell = json.loads((folder / "cell.json").read_text())
     name = "-".join(str(value) for value in cell.values())
+    write_prediction(folder, config, step, cell["llm"])
     mirror = Mirror(config.tracking, folder, name, step.name, config.experiments)
     mirror.start()
     status = "FAILED"

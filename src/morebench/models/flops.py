@@ -16,7 +16,7 @@ from morebench.config.schema import Config, Part
 from morebench.config.visual import built_blocks
 from morebench.errors import ConfigError, join_problems
 
-Count = TypeVar("Count", int, np.ndarray)
+Count = TypeVar("Count", int, float, np.ndarray)
 
 # Model types whose MLP is up and down; all others here have a gate beside up.
 _UNGATED = {"phi"}
