@@ -15,6 +15,7 @@ from morebench.errors import ConfigError
         ("llm=gema2_tiny", ["llm=gema2_tiny", "Did you mean gemma2_tiny?"]),
         ("vision=clip,sigl1p2", ["sigl1p2", "Did you mean siglip2?"]),
         ("stage.finetune.optimizer.lrr=1", ["Did you mean stage.finetune.optimizer.lr?"]),
+        ("seed=7,x,-1,8,4294967296", ["seed=x", "seed=-1", "seed=4294967296: seed must be 0 to 4294967295"]),
         ("seed=-1", ["seed must be 0 to 4294967295, found -1"]),
         ("stage.finetune.epochs=0", ["stage.finetune.epochs must be 1 or more, found 0"]),
         ("stage.pretrain.optimizer.lr=nan", ["stage.pretrain.optimizer.lr must be 0 or more, found nan"]),
