@@ -7,7 +7,7 @@ Made = TypeVar("Made")
 
 
 class OnceEach:
-    """Results of functions by the very objects they were given. Nobody changes a config once it is composed."""
+    """Results of functions, by the very objects they were given: nobody changes a composed config."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], tuple[tuple[object, ...], Any]] = {}
