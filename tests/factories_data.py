@@ -144,6 +144,7 @@ def toy_data(num_samples: int | None = None) -> TrainingData:
         allowed_links=[],
         also_quarantine=[],
         num_samples=num_samples,
+        assumed_lengths=[],
         build=None,
     )
 

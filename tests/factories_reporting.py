@@ -140,6 +140,8 @@ def train_folder(runs: Path, run_id: str, start: float, end: float, seed: int, n
         "git": {"commit": "0123456789abcdef0123", "diff_sha256": None},
         "seconds": 17.0 + seed,
         "gpu_hours": None,
+        "predicted": {"flops": 4e15, "seconds": None, "memory_gib": 2.0, "gpu": None, "assumed": []},
+        "training": {"flops": 5e15, "peak_memory_gib": 1.5},
     }
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "DONE", {})

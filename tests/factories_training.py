@@ -142,6 +142,7 @@ def _config(root: Path, family: str) -> Config:
         allowed_links=[],
         also_quarantine=[],
         num_samples=NUM_SAMPLES,
+        assumed_lengths=[],
         build=None,
     )
     finetune = _recipe([Part.projector, Part.llm])

@@ -402,6 +402,7 @@ def test_token_lengths_are_measured_of_what_is_left(tmp_path: Path) -> None:
     facts = found.data.manifest.tokens["phi"]
     assert facts["quantiles"] == {"50": 104, "90": 107, "99": 107, "100": 107}
     assert (facts["tokens"], facts["supervised"]) == (sum(range(100, 108)), 7)
+    assert (facts["squared_lengths"], facts["images"]) == (sum(n * n for n in range(100, 108)), 8)
     assert (facts["truncated"], facts["unsupervised"]) == (8, 1)
     assert sum(facts["counts"]) == 8
     assert run(tmp_path).data.manifest.tokens == {"phi": facts}  # still true of the same samples

@@ -10,9 +10,9 @@ from factories_models import CLIP_SHAPE, LLM_SHAPES, packed
 from torch import Tensor, nn
 
 from morebench.config.compose import compose_config
-from morebench.config.schema import Config, Part, Precision
+from morebench.config.schema import Config, Part, Precision, Strategy
 from morebench.models.flops import sizes
-from morebench.models.memory import is_counted, memory
+from morebench.models.memory import is_counted, memory, state_per_rank
 from morebench.models.mllm import MLLM
 from morebench.models.parts import build_mllm
 
@@ -99,3 +99,22 @@ def test_a_published_cell_fits_where_people_trained_it() -> None:
     pretrain = memory(config, 601, 1, 20, STAGES["pretrain"])
     assert pretrain.sample / 601 / 32 == pytest.approx(139e3, rel=0.03)
     assert sizes(config).vision_weights == pytest.approx(303.5e6 * 23 / 24, rel=0.01)
+
+
+def test_ranks_divide_what_their_strategy_shards() -> None:
+    """In bytes a weight: everything; all but fp32 weights and bf16 copies; all but what is gathered."""
+    config = compose_config(["llm=llama31_8b", "vision=clip"]).config
+    trained = STAGES["finetune"]
+    whole = memory(config, 1, 0, 0, trained).state
+    for strategy in (Strategy.auto, Strategy.ddp):
+        assert state_per_rank(config, trained, strategy, 64) == whole
+    assert state_per_rank(config, trained, Strategy.zero2, 1) == whole
+    many = 10**6
+    vision = 2 * sizes(config).vision_weights
+    assert (state_per_rank(config, trained, Strategy.zero2, many) - vision) / 8.05e9 == pytest.approx(
+        6, rel=0.05
+    )
+    for strategy in (Strategy.fsdp2, Strategy.zero3):
+        states = [state_per_rank(config, trained, strategy, ranks) for ranks in (8, 16, many)]
+        assert states[0] - states[1] == pytest.approx(16 * 8.05e9 / 16, rel=0.01)
+        assert states[2] < 0.1 * whole

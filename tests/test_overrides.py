@@ -85,3 +85,11 @@ def test_a_mistake_in_a_file_of_ones_own_is_named(
         check(["llm=mine"])
     assert reason in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_every_wrong_value_of_a_sweep_is_named():
+    check(["seed=0,7,4294967295", "trainer.num_workers=0,8", "stage.finetune.max_steps=1,null"])
+    with pytest.raises(ConfigError) as caught:
+        check(["seed=7,x,-1,8,4294967296,1.5", "trainer.num_nodes=1,0"])
+    wrong = [line.partition(":")[0] for line in str(caught.value).splitlines()]
+    assert wrong == ["seed=x", "seed=-1", "seed=4294967296", "seed=1.5", "trainer.num_nodes=0"]

@@ -1,4 +1,6 @@
+import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -161,3 +163,23 @@ def test_thumbnails_keep_small_scenes_and_shrink_photographs(tmp_path: Path):
     assert large.startswith("data:image/jpeg")
     assert len(large) < 60_000
     assert thumbnail(tmp_path / "gone.png") is None
+
+
+def test_predicted_stands_beside_measured(report: tuple[ReportFiles, str, Outline], tmp_path: Path):
+    """By the manifests: 4 PFLOP predicted and 5 measured, no seconds predicted and 17 measured."""
+    files, html, _ = report
+    markdown = files.paths[0].read_text(encoding="utf-8")
+    row = "| Gemma-2-tiny + CLIP-tiny | pretrain | 4 | 5 | 1.25 | -- | 0.00472 | -- | 2 | 1.5 | 0.75 |"
+    assert row in markdown.splitlines()
+    assert markdown.count("| pretrain |") == markdown.count("| finetune |") == 4
+    assert '<td>pretrain</td><td class="number">4</td><td class="number">5</td>' in html
+    cost = json.loads(files.paths[3].read_text())["rows"][0]["costs"]["pretrain"]
+    assert (cost["flops"], cost["predicted"]) == (5e15, {"flops": 4e15, "seconds": None, "memory_gib": 2.0})
+    rows = four_cells(tmp_path, num_images=6)
+    shared = [replace(row, runs={**row.runs, "pretrain": rows[0].runs["pretrain"]}) for row in rows]
+    for folder in (tmp_path / "runs").iterdir():
+        if folder.name.endswith("finetune"):  # of an older version
+            (folder / "manifest.json").write_text("{}")
+    told = write_report("digits", shared, columns(), tmp_path / "reports").paths[0].read_text()
+    assert told.count("| pretrain |") == 1, "a shared run stands once"
+    assert "| finetune |" not in told

@@ -35,6 +35,7 @@ from morebench.config.visual import num_visual_tokens
 from morebench.data.chat import ChatFormat
 from morebench.data.checked import CheckedData, check_folder, usability_problems
 from morebench.data.checking.check import Checked, Measure, check_data
+from morebench.data.checking.lengths import length_name
 from morebench.data.findings import Kind
 from morebench.data.index import LengthIndex, index_of
 from morebench.errors import (
@@ -168,10 +169,10 @@ def _measures(
             job = LengthJob.of(config, step, folder)
             if key in wanted and (identity := f"{key} {step} {job}") not in seen:
                 seen.add(identity)
-                name = f"{cell.choices['llm']}, {job.num_visual_tokens} visual tokens"
-                name += f", at most {job.max_length:,}"
+                chat = ChatFormat.from_dict(load_chat_format(job.chat_format)).label
+                name = length_name(cell.choices["llm"], chat, job.num_visual_tokens, job.max_length)
                 if name in measures[key]:
-                    name += f" ({len(measures[key])})"  # another chat format
+                    name += f" ({len(measures[key])})"  # other values below the choice of the LLM
                 measures[key][name] = job
     return measures, list(absent)
 

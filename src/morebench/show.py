@@ -16,7 +16,7 @@ from morebench.matrix.launch import Outcome
 from morebench.matrix.ledger import State
 from morebench.matrix.plan import Plan
 
-_STYLE = {State.done: "green", State.running: "cyan", State.failed: "red", State.interrupted: "yellow"}
+STATE_STYLE = {State.done: "green", State.running: "cyan", State.failed: "red", State.interrupted: "yellow"}
 
 
 def print_plan(plan: Plan, file: TextIO = sys.stdout) -> None:
@@ -34,10 +34,16 @@ def print_plan(plan: Plan, file: TextIO = sys.stdout) -> None:
                 continue
             run = plan.runs[ids[step]]
             shared = f" (shared by {len(run.shared_by)})" if len(run.shared_by) > 1 else ""
-            style = _STYLE.get(run.state, "default")
+            style = STATE_STYLE.get(run.state, "default")
             row.append(f"[{style}]{run.state.name}[/]{shared}")
         table.add_row(cell.name, *row)
     console.print(table)
+    print_sources(plan, file)
+
+
+def print_sources(plan: Plan, file: TextIO = sys.stdout) -> None:
+    """How much is done, and what the plan starts from."""
+    console = Console(file=file)
     for parent in {cell.parent.run_id: cell.parent for cell in plan.cells if cell.parent}.values():
         text = f"Starts from {parent.folder}, with the LLM and vision weights that this run was made with:"
         console.print(escape(text), highlight=False, soft_wrap=True)

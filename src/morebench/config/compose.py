@@ -129,7 +129,7 @@ def compose_config(overrides: Sequence[str] = ()) -> Composed:
         choices = {str(key): str(value) for key, value in tree.hydra.runtime.choices.items()}
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
-        config = to_config(tree)
+        config = cast(Config, OmegaConf.to_object(tree))  # typed by the schema, the first of the defaults
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"Cannot compose {' '.join(overrides)}: {reason(error)}") from error
     if problems := list(out_of_bounds(config)):
@@ -148,6 +148,22 @@ def out_of_bounds(node: Any, prefix: str = "") -> Iterator[str]:
             if not low <= value <= (inf if high is None else high):
                 wanted = f"{low} or more" if high is None else f"{low} to {high}"
                 yield f"{name} must be {wanted}, found {value}"
+
+
+def not_plainly_right(config: Config, override: Override) -> list[str]:
+    """The values that only composing can judge; the others are whole numbers within the field's bounds."""
+    *path, name = override.key.split(".")
+    node: Any = config
+    for part in path:
+        node = getattr(node, part, None)
+    field = (
+        next((field for field in fields(node) if field.name == name), None) if is_dataclass(node) else None
+    )
+    if field is None or field.type not in (int, int | None):
+        return list(override.values)
+    low, high = field.metadata.get("bounds", (-inf, inf))
+    upper = inf if high is None else high
+    return [v for v in override.values if not (v.isascii() and v.isdigit() and low <= int(v) <= upper)]
 
 
 def _run_mode() -> Any:

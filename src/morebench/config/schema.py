@@ -162,6 +162,16 @@ class Resolution:
 
 
 @dataclass(kw_only=True)
+class AssumedLength:
+    """A kind of samples, for estimates made before anything has counted tokens."""
+
+    samples: int = bounded(1)
+    images: int = bounded(0)  # in each
+    text_tokens: int = bounded(1)  # of each
+    supervised: int = bounded(1)  # tokens of each
+
+
+@dataclass(kw_only=True)
 class TrainingData:
     label: str = unidentified()
     folder: str = unidentified()  # below paths.data; the content is hashed, its place is not
@@ -170,6 +180,9 @@ class TrainingData:
     allowed_links: list[str] = unidentified()  # absolute: where links in `images` may lead to outside it
     also_quarantine: list[str] = unidentified()  # kinds of findings that are otherwise counted and kept
     num_samples: int | None  # records, as published; another count is an error
+    assumed_lengths: list[AssumedLength] = (
+        unidentified()
+    )  # `plan` prices by them until `data check` has counted
     build: dict[str, Any] | None  # recipe that makes the files when they are missing
 
 
@@ -283,6 +296,7 @@ class Trainer:
     checkpoint_every_n_minutes: float = bounded(0)  # whichever of the two comes first
     hang_timeout_minutes: float = bounded(0)  # without a micro-batch; then the run ends and can be resumed
     gpu: str | None  # file stem below conf/gpus that `plan` estimates for; null: the one of this machine
+    usd_per_gpu_hour: float | None = bounded(0)  # what `plan` multiplies GPU-hours by; null: no price
     evaluate_batch_size: int = bounded(1)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from morebench.config.compose import Composed, load_chat_format, load_shape
-from morebench.config.schema import AXES, Config, Features, Step
+from morebench.config.schema import AXES, Config, Features, Paths, Profile, Step, Suite
 from morebench.errors import ConfigError, join_problems
 from morebench.matrix.identity import digest, identity
+from morebench.matrix.once_each import OnceEach
 from morebench.matrix.parent import Parent, find_run, start_from
 from morebench.matrix.sources import Sources
 
@@ -67,18 +68,21 @@ def cells_of(composed: Sequence[Composed]) -> list[Cell]:
     return cells
 
 
-def run_ids(cell: Cell, sources: Sources) -> dict[Step, str]:
+def run_ids(cell: Cell, sources: Sources, once: OnceEach | None = None) -> dict[Step, str]:
     """Run id of every step of the cell's chain, parents included in their children's digest.
 
-    A cell with a `parent` has that run's id in place of the steps up to its own.
+    A cell with a `parent` has that run's id in place of the steps up to its own. once: shared by many cells.
     """
-    config = cell.config
+    config, once = cell.config, once or OnceEach()
     parts = {
         "numerics": NUMERICS_VERSION,
-        "llm": {**_part(config.llm, sources, config), "chat_format": None},  # the recipes below name it
-        "vision": _part(config.vision, sources, config),
-        "resolution": identity(config.resolution),
-        "projector": identity(config.projector),
+        "llm": {
+            **once(_part, config.llm, sources, config.paths),
+            "chat_format": None,
+        },  # the recipes below name it
+        "vision": once(_part, config.vision, sources, config.paths),
+        "resolution": once(identity, config.resolution),
+        "projector": once(identity, config.projector),
         "seed": config.seed,
     }
     ids = {} if cell.parent is None else {cell.parent.step: cell.parent.run_id}
@@ -86,41 +90,46 @@ def run_ids(cell: Cell, sources: Sources) -> dict[Step, str]:
         content = {
             **parts,
             "parent": ids.get(PARENT[step]) if step in PARENT else None,
-            **_own(cell, step, sources),
+            **_own(cell, step, sources, once),
         }
         ids[step] = f"{cell.name}.{step.name}.{digest(content)}"
     return ids
 
 
-def _part(part: Any, sources: Sources, config: Config) -> dict[str, Any]:
+def _part(part: Any, sources: Sources, paths: Paths) -> dict[str, Any]:
     return {
         **identity(part),
-        "weights": sources.weights(part.weights, config.paths),
+        "weights": sources.weights(part.weights, paths),
         "shape": load_shape(part.shape),
     }
 
 
-def _own(cell: Cell, step: Step, sources: Sources) -> dict[str, Any]:
+def _own(cell: Cell, step: Step, sources: Sources, once: OnceEach) -> dict[str, Any]:
     config = cell.config
     if step is Step.evaluate:
-        profile = config.stage.evaluate.profile.name
-        tasks = {
-            name: {
-                "code": task.code,
-                "max_new_tokens": task.max_new_tokens[profile],
-                "data": sources.task(task.data, config.paths),
-            }
-            for name, task in config.suite.tasks.items()
+        return {
+            "recipe": once(identity, config.stage.evaluate),
+            "chat": once(load_chat_format, config.llm.chat_format),
+            "tasks": once(_tasks, config.suite, config.stage.evaluate.profile, sources, config.paths),
         }
-        chat = load_chat_format(config.llm.chat_format)
-        return {"recipe": identity(config.stage.evaluate), "chat": chat, "tasks": tasks}
     recipe = config.stage.pretrain if step is Step.pretrain else config.stage.finetune
     return {
-        "recipe": identity(recipe),
-        "chat": load_chat_format(recipe.chat_format or config.llm.chat_format),
+        "recipe": once(identity, recipe),
+        "chat": once(load_chat_format, recipe.chat_format or config.llm.chat_format),
         "data": data_of(cell, step, sources),
         # computed and cached features are the same, and so are the ids of their runs
         **({"features": "8bit"} if config.features is Features.cached_8bit else {}),
+    }
+
+
+def _tasks(suite: Suite, profile: Profile, sources: Sources, paths: Paths) -> dict[str, Any]:
+    return {
+        name: {
+            "code": task.code,
+            "max_new_tokens": task.max_new_tokens[profile.name],
+            "data": sources.task(task.data, paths),
+        }
+        for name, task in suite.tasks.items()
     }
 
 

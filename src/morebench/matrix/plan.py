@@ -6,7 +6,7 @@ from pathlib import Path
 
 from morebench.config.compose import load_chat_format, load_shape
 from morebench.config.llm_shape import llm_problems
-from morebench.config.schema import Config, Step
+from morebench.config.schema import LLM, Resolution, Stage, Step, Vision
 from morebench.config.visual import num_visual_tokens, vision_problems
 from morebench.data.chat import ChatFormat
 from morebench.data.checked import DataState
@@ -14,6 +14,7 @@ from morebench.errors import ConfigError, join_problems
 from morebench.matrix import ledger
 from morebench.matrix.cell import CHAIN, PARENT, Cell, data_of, run_ids
 from morebench.matrix.ledger import State
+from morebench.matrix.once_each import OnceEach
 from morebench.matrix.sources import Sources
 
 
@@ -48,7 +49,8 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
     """Raises one ConfigError for all cells that could never run."""
     check_cells(cells)
     sources = Sources()
-    ids = [run_ids(cell, sources) for cell in cells]
+    once = OnceEach()
+    ids = [run_ids(cell, sources, once) for cell in cells]
     runs: dict[str, PlannedRun] = {}
     for step in CHAIN:
         for cell, own in zip(cells, ids, strict=True):
@@ -68,32 +70,43 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
 
 def check_cells(cells: Sequence[Cell]) -> None:
     """Raises one ConfigError for everything that no weights or data could make right."""
+    once = OnceEach()
     problems = (
         f"{' '.join(f'{axis}={cell.choices[axis]}' for axis in axes)}: {problem}"
         for cell in cells
-        for axes, problem in _problems(cell.config)
+        for axes, problem in once(
+            _problems, cell.config.llm, cell.config.vision, cell.config.resolution, cell.config.stage
+        )
     )
     if distinct := dict.fromkeys(problems):
         raise ConfigError(join_problems(distinct))
 
 
-def _problems(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+def _problems(
+    llm: LLM, vision: Vision, resolution: Resolution, stage: Stage
+) -> list[tuple[tuple[str, ...], str]]:
     """What is wrong, and the axes that it lies in."""
-    shape = load_shape(config.vision.shape)
-    for problem in llm_problems(load_shape(config.llm.shape)):
+    return list(_find_problems(llm, vision, resolution, stage))
+
+
+def _find_problems(
+    llm: LLM, vision: Vision, resolution: Resolution, stage: Stage
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    shape = load_shape(vision.shape)
+    for problem in llm_problems(load_shape(llm.shape)):
         yield ("llm",), problem
-    for problem in vision_problems(config.vision, shape, config.resolution):
+    for problem in vision_problems(vision, shape, resolution):
         yield ("vision", "resolution"), problem
     try:
         tokens = num_visual_tokens(shape)
     except (KeyError, TypeError, ZeroDivisionError):  # said above
         tokens = 0
-    for step, recipe in ((Step.pretrain, config.stage.pretrain), (Step.finetune, config.stage.finetune)):
+    for step, recipe in ((Step.pretrain, stage.pretrain), (Step.finetune, stage.finetune)):
         if recipe.max_length <= tokens:
             room = f"leaves no room for a text beside the {tokens} visual tokens"
             yield ("vision",), f"stage.{step.name}.max_length={recipe.max_length} {room}."
         try:
-            ChatFormat.from_dict(load_chat_format(recipe.chat_format or config.llm.chat_format))
+            ChatFormat.from_dict(load_chat_format(recipe.chat_format or llm.chat_format))
         except ConfigError as error:
             yield ("llm",), str(error)
 

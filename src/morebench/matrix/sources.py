@@ -87,7 +87,7 @@ def _check_command(group: str, choice: str, data: TrainingData) -> str:
     plain = getattr(compose_config([f"{group}={choice}"]).config, group)
     for field in fields(data):
         value = getattr(data, field.name)
-        if value == getattr(plain, field.name) or field.name in ("label", "build"):
+        if value == getattr(plain, field.name) or field.name in ("label", "assumed_lengths", "build"):
             continue
         text = f"[{','.join(value)}]" if isinstance(value, list) else f"{'null' if value is None else value}"
         words.append(shlex.quote(f"{group}.{field.name}={text}"))

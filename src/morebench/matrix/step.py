@@ -14,6 +14,7 @@ from morebench.errors import EXIT_DONE, FencedError, Interrupted, RunError, outc
 from morebench.matrix import ledger
 from morebench.matrix.mirror import Mirror
 from morebench.matrix.plan import PlannedRun
+from morebench.matrix.prediction import write_prediction
 from morebench.matrix.ranks import local_ranks, train_in_ranks
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def _run(folder: Path, fence: Callable[[], None]) -> None:
     }
     cell = json.loads((folder / "cell.json").read_text())
     name = "-".join(str(value) for value in cell.values())
+    write_prediction(folder, config, step, cell["llm"])
     mirror = Mirror(config.tracking, folder, name, step.name, config.experiments)
     mirror.start()
     status = "FAILED"

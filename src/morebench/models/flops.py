@@ -16,7 +16,7 @@ from morebench.config.schema import Config, Part
 from morebench.config.visual import built_blocks
 from morebench.errors import ConfigError, join_problems
 
-Count = TypeVar("Count", int, np.ndarray)
+Count = TypeVar("Count", int, float, np.ndarray)
 
 # Model types whose MLP is up and down; all others here have a gate beside up.
 _UNGATED = {"phi"}
@@ -59,12 +59,26 @@ def sample_flops(
 ) -> Count:
     """Forward and backward of one sample, or of many: the three counts may be int64 arrays.
 
-    `length` counts visual tokens too. A frozen LLM still passes gradients to the projector: it saves only its
-    weight gradients, a third.
+    `length` counts visual tokens too.
+    """
+    return total_flops(model, length, length * length, num_images, supervised, trained)
+
+
+def total_flops(
+    model: Sizes,
+    tokens: Count,
+    squared_lengths: Count,
+    num_images: Count,
+    supervised: Count,
+    trained: Collection[Part],
+) -> Count:
+    """Of samples of which only sums are known. `squared_lengths`: of the samples, what attention costs by.
+
+    A frozen LLM still passes gradients to the projector: it saves only its weight gradients, a third.
     """
     passes = 3 if Part.llm in trained else 2  # forward, gradient of activations, gradient of weights
-    body = 2 * passes * model.llm_body * length
-    attention = 6 * model.attention_width * model.llm_layers * length * length
+    body = 2 * passes * model.llm_body * tokens
+    attention = 6 * model.attention_width * model.llm_layers * squared_lengths
     head = 2 * passes * model.llm_width * model.vocab_size * supervised
     visual = num_images * model.num_visual_tokens
     first, *rest = model.projector

@@ -1,14 +1,15 @@
-"""Memory of a train step on one device that shards nothing, from the shape files alone: no torch."""
+"""Memory of a train step, from the shape files alone: no torch."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from morebench.config.schema import Config, Part
+from morebench.config.schema import Config, Part, Strategy
 from morebench.models.flops import Count, Sizes, head_dim, llm_shape, sizes
 
-# Trained: fp32 weight and gradient, AdamW's two fp32 moments; of matrices also the bf16 copy autocast makes.
-_TRAINED, _AUTOCAST_COPY, _FROZEN = 16, 2, 2
+# Bytes per weight. Trained: fp32 weight and gradient, AdamW's two fp32 moments; of matrices also the bf16
+# copy that is multiplied.
+_MASTER, _GRADIENT, _MOMENTS, _COPY, _FROZEN = 4, 4, 8, 2, 2
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,15 @@ _KEPT = {
 }
 
 
+# Of a recomputed block, per token and unit of the hidden size: fp32, as only trained LLMs are recomputed.
+_BLOCK_INPUT = 4
+
+
 @dataclass(frozen=True)
 class Memory(Generic[Count]):
-    """Bytes. `state` is there all the time; `sample` is what one sample of a micro-batch adds."""
+    """Bytes. `state` is there all the time, here on a device that shards nothing; `sample` is what one sample
+    of a micro-batch adds.
+    """
 
     state: int
     sample: Count
@@ -54,33 +61,62 @@ def is_counted(model_type: str) -> bool:
 
 
 def memory(
-    config: Config, length: Count, num_images: Count, supervised: Count, trained: Collection[Part]
+    config: Config,
+    length: Count,
+    num_images: Count,
+    supervised: Count,
+    trained: Collection[Part],
+    recomputed: int = 0,
 ) -> Memory[Count]:
-    """Of a train step: `length` counts visual tokens too. No block is computed twice (no recompute).
+    """Of a train step: `length` counts visual tokens too; `recomputed` blocks of the LLM are computed twice.
 
     The three counts may be int64 arrays, of many samples.
     """
     shape, model = llm_shape(config), sizes(config)
     return Memory(
-        state=_state(shape, model, trained),
-        sample=length * _kept_per_token(shape, length, Part.llm in trained)
+        state=state_per_rank(config, trained, Strategy.auto, 1),
+        sample=length * _kept_per_token(shape, length, Part.llm in trained, recomputed)
         + _head(shape, model, supervised, Part.llm in trained)
         + num_images * model.num_visual_tokens * _projector(model),
     )
 
 
-def _state(shape: Mapping[str, Any], model: Sizes, trained: Collection[Part]) -> int:
+def state_per_rank(config: Config, trained: Collection[Part], strategy: Strategy, world_size: int) -> int:
+    """Bytes of weights, gradients and AdamW's moments that are on every device all the time.
+
+    Sharding strategies divide what belongs to projector and LLM; the vision encoder is never sharded. FSDP2
+    and ZeRO-3 also hold what is gathered at one time: the root group (embeddings, head, projector) and two
+    blocks, the one computed and the one fetched ahead.
+    """
+    shape, model = llm_shape(config), sizes(config)
     head = model.llm_width * model.vocab_size
     embeddings = head if shape["tie_word_embeddings"] else 2 * head
-    llm = (_TRAINED if Part.llm in trained else _FROZEN) * (model.llm_body + embeddings)
-    if Part.llm in trained:
-        llm += _AUTOCAST_COPY * (model.llm_body + head)
-    projector = sum(model.projector)
-    projector *= _TRAINED + _AUTOCAST_COPY if Part.projector in trained else _FROZEN
-    return llm + projector + _FROZEN * model.vision_weights
+    # (weights, of which multiplied, trained)
+    llm = (model.llm_body + embeddings, model.llm_body + head, Part.llm in trained)
+    projector = (sum(model.projector), sum(model.projector), Part.projector in trained)
+    vision = _FROZEN * model.vision_weights
+    if strategy in (Strategy.fsdp2, Strategy.zero3):
+        shards = [
+            weights * (_MASTER + _GRADIENT + _MOMENTS if is_trained else _FROZEN)
+            for weights, _, is_trained in (llm, projector)
+        ]
+        block = model.llm_body // model.llm_layers
+        gathered = _COPY * (embeddings + sum(model.projector) + 2 * block)
+        # whole until they are reduced, in the dtype they are reduced in
+        gathered += _GRADIENT * ((embeddings + block) * llm[2] + sum(model.projector) * projector[2])
+        return vision + gathered + -(-sum(shards) // world_size)
+    # ZeRO-2 shards moments and gradients; under DDP every rank has all
+    ranks = world_size if strategy is Strategy.zero2 else 1
+    state = vision
+    for weights, multiplied, is_trained in (llm, projector):
+        if is_trained:
+            state += _MASTER * weights + _COPY * multiplied + -(-(_GRADIENT + _MOMENTS) * weights // ranks)
+        else:
+            state += _FROZEN * weights
+    return state
 
 
-def _kept_per_token(shape: Mapping[str, Any], length: Count, is_trained: bool) -> Count:
+def _kept_per_token(shape: Mapping[str, Any], length: Count, is_trained: bool, recomputed: int) -> Count:
     kept = _KEPT.get(shape["model_type"], _LLAMA)[is_trained]
     heads, width = shape["num_attention_heads"], head_dim(shape)
     block = (
@@ -94,7 +130,12 @@ def _kept_per_token(shape: Mapping[str, Any], length: Count, is_trained: bool) -
     )
     # outside the blocks: the final norm, and cos and sin of the positions
     final_norm, rotary = (8, 8) if is_trained else (4, 4)
-    return shape["num_hidden_layers"] * block + final_norm * shape["hidden_size"] + rotary * width
+    outside = final_norm * shape["hidden_size"] + rotary * width
+    whole = shape["num_hidden_layers"] - recomputed
+    if not recomputed:
+        return whole * block + outside
+    # one block at a time is whole again in the backward pass; of the others only the input is there
+    return (whole + 1) * block + recomputed * _BLOCK_INPUT * shape["hidden_size"] + outside
 
 
 def _head(shape: Mapping[str, Any], model: Sizes, supervised: Count, is_trained: bool) -> Count:

@@ -8,7 +8,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from morebench.config.schema import Column, Step
+from morebench.config.schema import Column
+from morebench.reporting.costs import CAPTION, QUANTITIES, TRAIN_STEPS, compared
 from morebench.reporting.figures import Drawing, colour, loss_figure, scores_figure
 from morebench.reporting.gallery import TaskExamples, cell_examples
 from morebench.reporting.results import CellResult, loss_curve
@@ -19,8 +20,6 @@ from morebench.reporting.tables import (
     Table,
     cell_name,
 )
-
-TRAIN_STEPS = (Step.pretrain.value, Step.finetune.value)
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,9 @@ def page(table: Table) -> str:
         few=len(table.columns) <= FEW_COLUMNS,
         leaders=_leaders(table) if len(table.columns) <= FEW_COLUMNS else [],
         cells=_cells(table),
+        compared=compared(table),
+        compared_caption=CAPTION,
+        quantities=QUANTITIES,
         scores=_safe(scores_figure(table)),
         losses=[drawing for step in TRAIN_STEPS if (drawing := _safe(_losses(table, step)))],
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from morebench.config.schema import Column
+from morebench.reporting.costs import costs_markdown
 from morebench.reporting.latex import latex
 from morebench.reporting.notes import footnotes
 from morebench.reporting.page import page
@@ -25,7 +26,7 @@ def write_report(
     results = load_results(rows, columns)
     table = make_table(name, results, columns, footnotes(results))
     texts = {
-        "table.md": markdown(table),
+        "table.md": markdown(table) + costs_markdown(table),
         "table.tex": latex(table),
         "table.csv": csv_text(table),
         "table.json": json_text(table),

@@ -39,11 +39,23 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """Before a train step's first start."""
+
+    flops: float | None = None
+    seconds: float | None = None
+    memory_gib: float | None = None  # on one rank
+
+
+@dataclass(frozen=True)
 class StepCost:
     seconds: float | None
     gpu_hours: float | None
     tokens_per_s: float | None  # median over the optimizer steps; None for an evaluate step
     mfu: float | None  # share of the device's peak
+    flops: float | None = None
+    memory_gib: float | None = None  # on the rank that took most
+    predicted: Predicted = Predicted()
 
 
 @dataclass(frozen=True)
@@ -224,6 +236,7 @@ def _is_done(folder: Path) -> bool:
 
 def _cost(folder: Path, manifest: Mapping[str, Any]) -> StepCost:
     path = folder / "metrics.jsonl"
+    training, predicted = manifest.get("training", {}), manifest.get("predicted", {})
     speeds = (
         sorted(line["tokens_per_s"] for line in read_lines(path) if line.get("tokens_per_s"))
         if path.is_file()
@@ -233,7 +246,10 @@ def _cost(folder: Path, manifest: Mapping[str, Any]) -> StepCost:
         seconds=manifest.get("seconds"),
         gpu_hours=manifest.get("gpu_hours"),
         tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
-        mfu=manifest.get("training", {}).get("mfu"),
+        mfu=training.get("mfu"),
+        flops=training.get("flops"),
+        memory_gib=training.get("peak_memory_gib"),
+        predicted=Predicted(**{key: predicted.get(key) for key in ("flops", "seconds", "memory_gib")}),
     )
 
 
