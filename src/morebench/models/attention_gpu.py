@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,9 +43,7 @@ def attention_problem(
         return f"it knows no soft-cap, and this LLM's attention has one of {softcap}: flex or loop"
     if dtype is not torch.bfloat16:
         return f"it computes in bf16, and the recipe's precision is {str(dtype).removeprefix('torch.')}: flex"
-    try:
-        import torch.nn.attention.varlen  # noqa: F401  # not in every torch we run on
-    except ImportError:
+    if find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} does not have it: flex"
     return None
 
@@ -69,7 +68,7 @@ class Flex:
         window: int | None,
     ) -> Tensor:
         query_1HTK, key_1GTK = query_1HTK.to(value_1GTK.dtype), key_1GTK.to(value_1GTK.dtype)
-        out_1HTK = _flex(self._device.type)(
+        out_1HTK: Tensor = _flex(self._device.type)(
             query_1HTK,
             key_1GTK,
             value_1GTK,
@@ -107,7 +106,7 @@ class Varlen:
         query_THK, key_TGK, value_TGK = (
             tensor[0].transpose(0, 1).to(value_1GTK.dtype) for tensor in (query_1HTK, key_1GTK, value_1GTK)
         )
-        out_THK = _varlen()(
+        out_THK: Tensor = _varlen()(
             query_THK,
             key_TGK,
             value_TGK,
@@ -180,14 +179,15 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 def _flex(device: str) -> Callable[..., Any]:
     """fullgraph: rather an error than the T x T matrix that it falls back to when it gives up compiling.
 
-    Not dynamic=True, which makes a number that changes of the soft-cap too, and that is refused. Lengths become
-    dynamic with the second batch by themselves.
+    Not dynamic=True, which makes a variable of the soft-cap too, and that is refused. Lengths become dynamic
+    with the second batch by themselves.
     """
-    return torch.compile(flex_attention, fullgraph=True) if device == "cuda" else flex_attention
+    kernel = torch.compile(flex_attention, fullgraph=True) if device == "cuda" else flex_attention
+    return cast("Callable[..., Any]", kernel)
 
 
 @cache
-def _varlen() -> Callable[..., Tensor]:
+def _varlen() -> Callable[..., Any]:
     from torch.nn.attention.varlen import varlen_attn  # not in every torch we run on
 
     return varlen_attn

@@ -7,8 +7,8 @@ from typing import Any, Generic
 from morebench.config.schema import Config, Part, Strategy
 from morebench.models.flops import Count, Sizes, head_dim, llm_shape, sizes
 
-# Bytes per weight. Trained: fp32 weight and gradient, AdamW's two fp32 moments; of matrices also the bf16 copy
-# that is multiplied.
+# Bytes per weight. Trained: fp32 weight and gradient, AdamW's two fp32 moments; of matrices also the bf16
+# copy that is multiplied.
 _MASTER, _GRADIENT, _MOMENTS, _COPY, _FROZEN = 4, 4, 8, 2, 2
 
 
@@ -41,7 +41,7 @@ _KEPT = {
 }
 
 
-# Of a recomputed block, per token and unit of the hidden size: fp32, because only trained LLMs are recomputed.
+# Of a recomputed block, per token and unit of the hidden size: fp32, as only trained LLMs are recomputed.
 _BLOCK_INPUT = 4
 
 

@@ -1,5 +1,6 @@
 """Train one step of one cell; started again after any kind of death, it goes on where it can."""
 
+import gc
 import sys
 import time
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ from morebench.data.datamodule import Loader, dead_workers_named
 from morebench.errors import Interrupted
 from morebench.models.parts import save_parts
 from morebench.progress import Progress
-from morebench.training.choices import Choices, this_machine, threads_for
-from morebench.training.dry_step import DryStep
+from morebench.training.choices import Choices, this_machine
+from morebench.training.choosing import apply_choices, choose, smaller
+from morebench.training.dry_step import DryStep, TooLargeError
 from morebench.training.files import (
     disk_full_named,
     read_manifest,
@@ -33,7 +35,13 @@ from morebench.training.resume import Checkpoint, newest_checkpoint
 from morebench.training.saving import Saver
 from morebench.training.signals import StopRequest
 from morebench.training.stage import Stage, make_stage, recipe_of
-from morebench.training.strategy import exact_arithmetic, make_trainer, quiet_libraries, sharding_of
+from morebench.training.strategy import (
+    exact_arithmetic,
+    make_trainer,
+    matmul_precision,
+    quiet_libraries,
+    sharding_of,
+)
 from morebench.training.telemetry import MetricsFile, Telemetry
 
 METRICS = "metrics.jsonl"
@@ -53,19 +61,35 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         stack.enter_context(quiet_libraries())
+        stack.enter_context(matmul_precision(recipe.precision))
         trainer = make_trainer(config.trainer, recipe)
         checkpoint = newest_checkpoint(folder / CHECKPOINTS, _say)
-        torch.manual_seed(config.seed)
         planned = read_manifest(folder).get("planned_data")
         stage = make_stage(config, step, parents, trainer.is_global_zero, planned)
         choices, same = _choose(stage, trainer, checkpoint)
         stack.enter_context(exact_arithmetic(choices.threads))
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            _begin_manifest(folder, stage, choices, checkpoint, same)
-        if stop.signal_name is not None:
-            raise Interrupted(f"{stop.signal_name} asked to stop before the first optimizer step.")
-        saver = _fit(stage, trainer, choices, checkpoint, stop, step.name, folder, started)
+        while True:
+            if trainer.is_global_zero:
+                folder.mkdir(parents=True, exist_ok=True)
+                _begin_manifest(folder, stage, choices, checkpoint, same)
+            if stop.signal_name is not None:
+                raise Interrupted(f"{stop.signal_name} asked to stop before the first optimizer step.")
+            torch.manual_seed(config.seed)
+            try:
+                saver = _fit(stage, trainer, choices, checkpoint, stop, step.name, folder, started)
+                break
+            except TooLargeError as error:
+                if config.trainer.micro_batch_tokens is not None or error.num_samples == 1:
+                    raise
+                _say(
+                    f"{step.name}: {choices.micro_batch_tokens:,} tokens a micro-batch do not fit; trying half."
+                )
+            # out here, because the error holds on to what filled the memory
+            choices, same = smaller(stage, choices), checkpoint is None
+            del stage, trainer
+            _release_memory()
+            trainer = make_trainer(config.trainer, recipe)
+            stage = make_stage(config, step, parents, trainer.is_global_zero, planned)
     if trainer.is_global_zero:
         _finish(stage, folder, saver, choices)
 
@@ -73,12 +97,11 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
 def _choose(stage: Stage, trainer: LightningTrainer, checkpoint: Checkpoint | None) -> tuple[Choices, bool]:
     """The choices, and whether they are those the checkpoint was made with."""
     config = stage.config
-    machine = this_machine(config, trainer.strategy.root_device.type, trainer.world_size)
+    machine = this_machine(config, trainer.strategy.root_device, trainer.world_size)
     kept = Choices.from_facts(checkpoint.facts["choices"]) if checkpoint is not None else None
     if kept is not None and kept.machine == machine:
         return kept, True
-    micro_batches = stage.micro_batches(machine.world_size, machine.micro_batch_tokens)
-    chosen = Choices(machine, micro_batches, threads_for(config.trainer))
+    chosen = choose(stage, machine, trainer)
     if kept is None:
         return chosen, True
     _say(f"This run began on {kept.machine} and goes on on {machine}: not bit-exact from here on.")
@@ -102,6 +125,11 @@ def _begin_manifest(
         "micro_batches": choices.micro_batches,
         "balance": round(plan.balance(), 4),
         "threads": choices.threads,
+        "micro_batch_tokens": choices.micro_batch_tokens,
+        "recomputed_blocks": choices.recomputed,
+        "attention": choices.attention,
+        "loss_kernel": choices.loss_kernel,
+        "compile": choices.compile,
         "world_size": choices.machine.world_size,
         "seed": stage.config.seed,
         "anomalies": anomalies,
@@ -122,6 +150,7 @@ def _fit(
     config, first_step = stage.config, checkpoint.step if checkpoint is not None else 0
     plan = stage.plan(choices.machine.world_size, choices.micro_batches)
     trainer.accumulate_grad_batches = choices.micro_batches
+    apply_choices(stage.mllm, choices)
     module = StageModule(
         stage.mllm.train(),
         stage.recipe,
@@ -156,8 +185,8 @@ def _fit(
         callbacks.append(
             DryStep(
                 label,
-                lambda: dataset.micro_batch(*plan.heaviest(stage.memory())),
-                choices.machine.micro_batch_tokens,
+                lambda: dataset.micro_batch(*plan.heaviest(stage.memory(choices.recomputed))),
+                choices.micro_batch_tokens,
             )
         )
         try:
@@ -196,6 +225,12 @@ def _is_trained(folder: Path) -> bool:
     return bool(parts) and all(
         (folder / name).is_file() and sha256(folder / name) == digest for name, digest in parts.items()
     )
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _say(text: str) -> None:
