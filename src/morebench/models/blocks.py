@@ -18,7 +18,7 @@ def blocks_of(llm: PreTrainedModel) -> list[nn.Module]:
 
 
 def compile_blocks(llm: PreTrainedModel) -> None:
-    """One block is compiled and serves all. A second number of tokens compiles again, and a third does not."""
+    """One block is compiled and serves all. A second number of tokens compiles again, a third does not."""
     for block in blocks_of(llm):
         block.forward = torch.compile(block.forward)
 

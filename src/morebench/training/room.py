@@ -7,10 +7,11 @@ from morebench.config.schema import Part
 from morebench.models.memory import state_per_rank
 from morebench.training.stage import Stage
 
-# Of the device's free memory. The rest is what no estimate counts: gradients of activations on their way, logits of
-# one chunk, workspaces of cuBLAS and NCCL, and gaps between blocks of the allocator. The dry step has the last word.
+# Of the device's free memory. The rest is what no estimate counts: gradients of activations on their way,
+# logits of one chunk, workspaces of cuBLAS and NCCL, gaps in the allocator. The dry step has the last word.
 SHARE = 0.85
-# Above, matrix products do not get faster, and 65,536 tokens x 28,672 (the widest MLP) is close below 2^31 elements.
+# Above, matrix products do not get faster, and 65,536 tokens x 28,672 (gate and up of Gemma-2-9B) is close
+# below the 2^31 elements that kernels index with 32 bits.
 MOST_TOKENS = 65_536
 # Below, a GPU waits for its weights: rather compute some blocks twice than take less at once.
 BUSY_TOKENS = 8_192
@@ -32,9 +33,7 @@ def find_room(stage: Stage, world_size: int, free: int | None) -> Room:
     What the config says is kept. If nothing fits, the smallest, for the dry step to judge.
     """
     trainer, blocks = stage.config.trainer, stage.num_blocks
-    llm_trained = (
-        Part.llm in stage.recipe.trainable
-    )  # a frozen one keeps little, so pretrain recomputes nothing
+    llm_trained = Part.llm in stage.recipe.trainable  # a frozen one keeps little: nothing is recomputed
     asked = None if trainer.recompute is None else round(trainer.recompute * blocks) * llm_trained
     if free is None:
         return Room(trainer.micro_batch_tokens or CPU_TOKENS, asked or 0)
@@ -59,7 +58,6 @@ def find_room(stage: Stage, world_size: int, free: int | None) -> Room:
                 return Room(tokens, asked)
         elif fit(0):
             return Room(tokens, 0)
-        elif tokens <= BUSY_TOKENS or len(sizes) == 1:
-            if fit(most):
-                return Room(tokens, next(number for number in range(1, most + 1) if fit(number)))
+        elif (tokens <= BUSY_TOKENS or len(sizes) == 1) and fit(most):
+            return Room(tokens, next(number for number in range(1, most + 1) if fit(number)))
     return Room(sizes[-1], most if asked is None else asked)

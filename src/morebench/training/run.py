@@ -65,7 +65,12 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
         trainer = make_trainer(config.trainer, recipe)
         checkpoint = newest_checkpoint(folder / CHECKPOINTS, _say)
         planned = read_manifest(folder).get("planned_data")
-        stage = make_stage(config, step, parents, trainer.is_global_zero, planned)
+
+        def seeded_stage() -> Stage:
+            torch.manual_seed(config.seed)
+            return make_stage(config, step, parents, trainer.is_global_zero, planned)
+
+        stage = seeded_stage()
         choices, same = _choose(stage, trainer, checkpoint)
         stack.enter_context(exact_arithmetic(choices.threads))
         while True:
@@ -74,22 +79,19 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
                 _begin_manifest(folder, stage, choices, checkpoint, same)
             if stop.signal_name is not None:
                 raise Interrupted(f"{stop.signal_name} asked to stop before the first optimizer step.")
-            torch.manual_seed(config.seed)
             try:
                 saver = _fit(stage, trainer, choices, checkpoint, stop, step.name, folder, started)
                 break
             except TooLargeError as error:
                 if config.trainer.micro_batch_tokens is not None or error.num_samples == 1:
                     raise
-                _say(
-                    f"{step.name}: {choices.micro_batch_tokens:,} tokens a micro-batch do not fit; trying half."
-                )
+                _say(f"{error} It came from an estimate: trying half.")
             # out here, because the error holds on to what filled the memory
             choices, same = smaller(stage, choices), checkpoint is None
-            del stage, trainer
-            _release_memory()
+            del stage
             trainer = make_trainer(config.trainer, recipe)
-            stage = make_stage(config, step, parents, trainer.is_global_zero, planned)
+            _release_memory()
+            stage = seeded_stage()
     if trainer.is_global_zero:
         _finish(stage, folder, saver, choices)
 
