@@ -74,7 +74,7 @@ def measure(overrides: list[str], stage: str, order: Order, world_size: int) -> 
         "costs": costs,
     }
     started = time.perf_counter()
-    budget = config.trainer.micro_batch_tokens
+    budget = config.trainer.micro_batch_tokens or CPU_TOKENS
     micro_batches = micro_batches_for(index, micro_batch_tokens=budget, **arguments)
     chosen = time.perf_counter()
     plan = BatchPlan(index, micro_batches=micro_batches, **arguments)
