@@ -27,6 +27,7 @@ from morebench.config.schema import Config, Order
 from morebench.data.index import LengthIndex
 from morebench.data.packing import BatchPlan, micro_batches_for
 from morebench.models.flops import sample_flops, sizes
+from morebench.training.room import CPU_TOKENS
 
 WORLD_SIZES = (1, 8, 16, 32)
 COLUMNS = (
@@ -74,7 +75,7 @@ def measure(overrides: list[str], stage: str, order: Order, world_size: int) -> 
         "costs": costs,
     }
     started = time.perf_counter()
-    budget = config.trainer.micro_batch_tokens
+    budget = config.trainer.micro_batch_tokens or CPU_TOKENS
     micro_batches = micro_batches_for(index, micro_batch_tokens=budget, **arguments)
     chosen = time.perf_counter()
     plan = BatchPlan(index, micro_batches=micro_batches, **arguments)

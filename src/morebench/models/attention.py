@@ -7,7 +7,7 @@ restart, and leaks silently between samples when either is missing.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,23 @@ from transformers import AttentionInterface
 VARLEN = "morebench_varlen"
 
 
+class Attend(Protocol):
+    """Causal attention inside each sample of one batch, made once a batch for all layers."""
+
+    def __call__(
+        self,
+        query_1HTK: Tensor,
+        key_1GTK: Tensor,
+        value_1GTK: Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """H query heads share G key heads; a query sees the last `window` positions. -> `[1, T, H, K]`."""
+
+
+# What torch.compile makes of a block ends here and goes on behind: borders differ in every batch.
+@torch.compiler.disable
 def varlen_attention(
     module: nn.Module,
     query_1HTK: Tensor,
@@ -25,33 +42,49 @@ def varlen_attention(
     value_1GTK: Tensor,
     attention_mask: Tensor | None,
     *,
-    cu_seqlens: Sequence[int] | None = None,
+    cu_seqlens: Sequence[int] | Attend | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sample; H query heads share G key heads. -> `[1, T, H, K]`.
-
-    `cu_seqlens` are the N + 1 sample borders as Python integers: a tensor would cost one device
-    synchronisation a layer.
-    """
+    """`cu_seqlens`: the N + 1 sample borders, or what was made of them. -> `[1, T, H, K]`."""
     if cu_seqlens is None or attention_mask is not None or dropout:
         raise ValueError(
             f"{VARLEN} needs cu_seqlens, no mask and no dropout; found cu_seqlens={cu_seqlens}, "
             f"mask={attention_mask is not None}, dropout={dropout}. To generate with a cache, call "
             "llm.set_attn_implementation('eager') first."
         )
+    attend = Loop(cu_seqlens) if isinstance(cu_seqlens, Sequence) else cu_seqlens
     scale = query_1HTK.shape[-1] ** -0.5 if scaling is None else scaling
-    # split, not slices: the backward of N slices would fill N tensors of the whole pack with zeros
-    lengths = [end - start for start, end in pairwise(cu_seqlens)]
-    queries, keys, values = (tensor.split(lengths, 2) for tensor in (query_1HTK, key_1GTK, value_1GTK))
-    outputs = [
-        _one_sample(query, key, value, scale, softcap, sliding_window)
-        for query, key, value in zip(queries, keys, values, strict=True)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return attend(query_1HTK, key_1GTK, value_1GTK, scale, softcap, sliding_window), None
+
+
+class Loop:
+    """One sample after the other: exact, with a backward pass, on any device."""
+
+    def __init__(self, borders: Sequence[int]) -> None:
+        # integers: a tensor would cost one device synchronisation a layer
+        self._lengths = [end - start for start, end in pairwise(borders)]
+
+    def __call__(
+        self,
+        query_1HTK: Tensor,
+        key_1GTK: Tensor,
+        value_1GTK: Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Tensor:
+        # split, not slices: the backward of N slices would fill N tensors of the whole pack with zeros
+        tensors = (query_1HTK, key_1GTK, value_1GTK)
+        queries, keys, values = (tensor.split(self._lengths, 2) for tensor in tensors)
+        outputs = [
+            _one_sample(query, key, value, scale, softcap, window)
+            for query, key, value in zip(queries, keys, values, strict=True)
+        ]
+        return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _one_sample(

@@ -6,8 +6,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from morebench.config.schema import Attention, LossKernel
 from morebench.data.batch import Batch
+from morebench.models.attention_gpu import attend_with
 from morebench.models.features import encode, from_8bit
+from morebench.models.loss import liger_loss_sum
 from morebench.models.normalise import Normalise
 from morebench.models.projector import MLPProjector
 from morebench.models.stored import Pieces
@@ -24,7 +27,12 @@ class MLLM(nn.Module):
     for each other in every module, so a missing one would hang them: `forward` puts a stand-in of one token
     (one feature for the projector) with weight zero where there is nothing. The vision encoder gets none: it
     is frozen.
+
+    `attention` and `loss_kernel` (never auto) say how it is computed; any choice computes the same.
     """
+
+    attention = Attention.loop
+    loss_kernel = LossKernel.torch
 
     def __init__(
         self,
@@ -51,12 +59,14 @@ class MLLM(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Loss summed over the batch's targets, fp32. The caller divides by `batch.num_supervised`."""
         empty = len(batch.input_ids) == 0
+        # waits for the device, so before it has anything to do
+        borders = [0, 1] if empty else batch.cu_seqlens.tolist()
         embeds_TD = self._embed_batch(batch, batch.input_ids.new_zeros(1) if empty else batch.input_ids)
         hidden_TD = self.llm.base_model(
             inputs_embeds=embeds_TD[None],
             position_ids=batch.position_ids.new_zeros(1, 1) if empty else batch.position_ids[None],
             use_cache=False,
-            cu_seqlens=[0, 1] if empty else batch.cu_seqlens.tolist(),
+            cu_seqlens=attend_with(self.attention, borders, embeds_TD.device),
         ).last_hidden_state[0]
         if len(batch.targets) == 0:
             return 0.0 * self._loss_sum(hidden_TD[:1], batch.targets.new_zeros(1))
@@ -84,7 +94,7 @@ class MLLM(nn.Module):
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """fp32 logits of final hidden states, soft-capped where the LLM does so."""
         logits_SZ = self.llm.get_output_embeddings()(hidden_SD).float()
-        cap = getattr(self.llm.config, "final_logit_softcapping", None)
+        cap = self._final_softcap()
         return logits_SZ if cap is None else torch.tanh(logits_SZ / cap) * cap
 
     def _embed_batch(self, batch: Batch, input_ids_T: Tensor) -> Tensor:
@@ -107,6 +117,9 @@ class MLLM(nn.Module):
         return self.project(batch.features)
 
     def _loss_sum(self, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
+        if self.loss_kernel is LossKernel.liger:
+            head = self.llm.get_output_embeddings()
+            return liger_loss_sum(hidden_SD, targets_S, head, self._final_softcap())
         size = max(1, _LOGITS_PER_CHUNK // self.llm.config.vocab_size)
         pieces = list(zip(hidden_SD.split(size), targets_S.split(size), strict=True))
         if len(pieces) == 1:
@@ -117,6 +130,9 @@ class MLLM(nn.Module):
 
     def _chunk_loss(self, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
         return cross_entropy(self.logits(hidden_SD), targets_S, reduction="sum")
+
+    def _final_softcap(self) -> float | None:
+        return getattr(self.llm.config, "final_logit_softcapping", None)
 
     def _projector_dtype(self) -> torch.dtype:
         return next(self.projector.parameters()).dtype

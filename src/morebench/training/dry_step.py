@@ -15,10 +15,16 @@ from morebench.training.module import StageModule
 GIB = 2**30
 
 
+class TooLargeError(RunError):
+    def __init__(self, message: str, num_samples: int) -> None:
+        super().__init__(message)
+        self.num_samples = num_samples
+
+
 class DryStep(Callback):
     """Every rank runs the same micro-batch; nothing but time is different afterwards.
 
-    Raises RunError, on all ranks, when it does not fit into the memory of one.
+    Raises TooLargeError, on all ranks, when it does not fit into the memory of one.
     """
 
     def __init__(self, label: str, make_batch: Callable[[], Batch], micro_batch_tokens: int) -> None:
@@ -43,7 +49,7 @@ class DryStep(Callback):
             torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN)
             fits = bool(agreed)
         if not fits:
-            raise RunError(self._too_large(batch, device))
+            raise TooLargeError(self._too_large(batch, device), num_samples=len(batch.sample_ids))
         if trainer.is_global_zero:
             seconds = time.monotonic() - started
             memory = f", peak memory {_gib(torch.cuda.max_memory_allocated(device))}" if on_gpu else ""

@@ -91,10 +91,18 @@ class Stage:
             )
         return chosen
 
-    def memory(self) -> np.ndarray:
-        """int64 [N]; bytes that every sample keeps on the device: what makes a micro-batch a large one."""
+    @property
+    def num_blocks(self) -> int:
+        """Of the LLM."""
+        return sizes(self.config).llm_layers
+
+    def memory(self, recomputed: int = 0) -> np.ndarray:
+        """int64 [N]; bytes that every sample keeps on the device: what makes a micro-batch a large one.
+
+        `recomputed` blocks of the LLM are computed twice.
+        """
         lengths, num_images, supervised = self._counts()
-        kept = memory(self.config, lengths, num_images, supervised, self.recipe.trainable).sample
+        kept = memory(self.config, lengths, num_images, supervised, self.recipe.trainable, recomputed).sample
         pixels = 3 * self.mllm.vision.image_size**2
         return kept + num_images * pixels * _BYTES_PER_PIXEL
 

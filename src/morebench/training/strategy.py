@@ -96,6 +96,18 @@ def exact_arithmetic(threads: int) -> Iterator[None]:
 
 
 @contextmanager
+def matmul_precision(precision: Precision) -> Iterator[None]:
+    """On a GPU, what a bf16 recipe still multiplies in fp32 may use TF32; an fp32 recipe means fp32."""
+    former = torch.get_float32_matmul_precision()
+    tf32 = torch.cuda.is_available() and precision is Precision.bf16
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(former)
+
+
+@contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep banners, tips and advice about features that we replace out of the logs; errors still show."""
     transformers_logging.disable_progress_bar()

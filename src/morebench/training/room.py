@@ -1,0 +1,63 @@
+"""How many tokens a micro-batch may have, and how many blocks are computed twice, for a step to fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from morebench.config.schema import Part
+from morebench.models.memory import state_per_rank
+from morebench.training.stage import Stage
+
+# Of the device's free memory. The rest is what no estimate counts: gradients of activations on their way,
+# logits of one chunk, workspaces of cuBLAS and NCCL, gaps in the allocator. The dry step has the last word.
+SHARE = 0.85
+# Above, matrix products do not get faster, and 65,536 tokens x 28,672 (gate and up of Gemma-2-9B) is close
+# below the 2^31 elements that kernels index with 32 bits.
+MOST_TOKENS = 65_536
+# Below, a GPU waits for its weights: rather compute some blocks twice than take less at once.
+BUSY_TOKENS = 8_192
+_LEAST_TOKENS = 512
+# Without a device memory to fill. Larger micro-batches are no faster on a CPU.
+CPU_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Room:
+    micro_batch_tokens: int
+    recomputed: int  # blocks of the LLM
+
+
+def find_room(stage: Stage, world_size: int, free: int | None) -> Room:
+    """`free`: bytes of a device that holds nothing yet; None for a CPU, where all fits.
+
+    As many tokens as fit, down to `BUSY_TOKENS`; then as few recomputed blocks as fit; then fewer tokens.
+    What the config says is kept. If nothing fits, the smallest, for the dry step to judge.
+    """
+    trainer, blocks = stage.config.trainer, stage.num_blocks
+    llm_trained = Part.llm in stage.recipe.trainable  # a frozen one keeps little: nothing is recomputed
+    asked = None if trainer.recompute is None else round(trainer.recompute * blocks) * llm_trained
+    if free is None:
+        return Room(trainer.micro_batch_tokens or CPU_TOKENS, asked or 0)
+    state = state_per_rank(stage.config, stage.recipe.trainable, trainer.strategy, world_size)
+    room = int(SHARE * free) - state
+
+    def fits(tokens: int) -> Callable[[int], bool]:
+        plan = stage.plan(world_size, stage.micro_batches(world_size, tokens))
+        return lambda recomputed: plan.loads(stage.memory(recomputed)).max() <= room
+
+    most = blocks if llm_trained else 0
+    if trainer.micro_batch_tokens is not None:
+        sizes = [trainer.micro_batch_tokens]
+    else:
+        sizes = [MOST_TOKENS]
+        while sizes[-1] > _LEAST_TOKENS:
+            sizes.append(sizes[-1] // 2)
+    for tokens in sizes:
+        fit = fits(tokens)
+        if asked is not None:
+            if fit(asked):
+                return Room(tokens, asked)
+        elif fit(0):
+            return Room(tokens, 0)
+        elif (tokens <= BUSY_TOKENS or len(sizes) == 1) and fit(most):
+            return Room(tokens, next(number for number in range(1, most + 1) if fit(number)))
+    return Room(sizes[-1], most if asked is None else asked)
