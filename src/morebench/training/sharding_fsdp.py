@@ -2,7 +2,8 @@
 
 A block of the LLM is gathered while it computes. The embedding, the head (tied or not), the final norm and
 the projector form the root group, which stays gathered through forward and backward: the loss computes
-logits chunk by chunk inside the root module's forward. The vision encoder is frozen and small: each rank has it.
+logits chunk by chunk inside the root module's forward. The vision encoder is frozen and small: every rank
+has it.
 """
 
 import math
@@ -81,6 +82,10 @@ class FullySharded:
         for value in trained.values():
             if value.grad is not None:
                 _local(value.grad).mul_(factor)
+
+    def leave_out(self, optimizer: torch.optim.Optimizer, trained: Parameters) -> None:
+        for value in trained.values():
+            value.grad = None
 
     def parameters(self, trained: Parameters) -> dict[str, Fragment]:
         return {name: piece for name, value in trained.items() if (piece := _piece(value)) is not None}
