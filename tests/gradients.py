@@ -141,5 +141,7 @@ def stock(config: Config, pretrained: Path, step: Step = Step.finetune) -> tuple
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest relative error over all parameters."""
     assert found.keys() == expected.keys()
-    errors: list[Any] = [(found[name] - expected[name]).norm() / expected[name].norm() for name in expected]
+    errors: list[Any] = [
+        (found[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-30) for name in expected
+    ]
     return max(errors).item()
