@@ -114,7 +114,7 @@ class FullySharded:
         for name, value in trained.items():
             for key in keys[name]:
                 scalar = state.shapes[key] == ()
-                restored = value.new_zeros(()) if scalar else torch.zeros_like(value)
+                restored = torch.zeros((), device=value.device) if scalar else torch.zeros_like(value)
                 optimizer.state[value][key.removeprefix(f"{name}/")] = restored
                 _read(restored, state, key)
 
