@@ -1,8 +1,10 @@
 """Loss and gradients of one optimizer step: through our Trainer, and through plain transformers."""
 
 import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from factories_training import GLOBAL_BATCH, with_recipe, with_trainer
@@ -14,12 +16,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from morebench.config.schema import Config, Part, Step
+from morebench.config.schema import Config, Part, Step, Strategy
 from morebench.data.batch import collate
 from morebench.data.datamodule import Loader
+from morebench.models import mllm
 from morebench.training.module import StageModule
 from morebench.training.signals import StopRequest
-from morebench.training.stage import make_stage
+from morebench.training.stage import make_stage, recipe_of
 from morebench.training.strategy import make_trainer, quiet_libraries, sharding_of
 
 
@@ -42,12 +45,14 @@ def one_step(config: Config) -> Config:
     return with_recipe(config, max_steps=1, gradient_clip_val=None)
 
 
-def ours(config: Config, micro_batches: int, pretrained: Path) -> tuple[float, dict[str, Tensor]]:
-    """Of the first optimizer step of finetune."""
+def ours(
+    config: Config, micro_batches: int, pretrained: Path, step: Step = Step.finetune
+) -> tuple[float, dict[str, Tensor]]:
+    """Of the first optimizer step."""
     config = one_step(config)
     with quiet_libraries():
-        trainer = make_trainer(config.trainer, config.stage.finetune)
-        stage = make_stage(config, Step.finetune, {Step.pretrain: pretrained})
+        trainer = make_trainer(config.trainer, recipe_of(config, step)[0])
+        stage = make_stage(config, step, {Step.pretrain: pretrained})
         plan = stage.plan(trainer.world_size, micro_batches)
         trainer.accumulate_grad_batches = micro_batches
         recorder = Recorder()
@@ -65,11 +70,33 @@ def ours(config: Config, micro_batches: int, pretrained: Path) -> tuple[float, d
     return module.stats.loss, recorder.gradients
 
 
-def ours_to_file(config: Config, micro_batches: int, pretrained: Path, target: Path) -> None:
-    """For a rank in a process of its own; every rank writes what it saw."""
-    loss, gradients = ours(with_trainer(config, devices=2), micro_batches, pretrained)
-    seen = gradients | {"loss": torch.tensor(loss, dtype=torch.float64)}
-    save_file(seen, target / f"rank{os.environ['LOCAL_RANK']}.safetensors")
+class Case(NamedTuple):
+    config: Config
+    micro_batches: int
+    step: Step = Step.finetune
+    logits_per_chunk: int = mllm._LOGITS_PER_CHUNK
+    recompute: bool = False
+
+
+def ours_to_files(cases: Mapping[str, Case], pretrained: Path, target: Path) -> None:
+    """For a rank in a process of its own, which is slow to start; each writes what it saw of every case."""
+    from morebench.models import llm
+
+    build, environment = llm._random_llm, dict(os.environ)
+    for name, case in cases.items():
+        mllm._LOGITS_PER_CHUNK = case.logits_per_chunk
+        llm._random_llm = partial(_recomputing, build) if case.recompute else build
+        os.environ |= environment  # Lightning takes out what it has read
+        config = with_trainer(case.config, devices=int(os.environ["WORLD_SIZE"]))
+        loss, gradients = ours(config, case.micro_batches, pretrained, case.step)
+        seen = gradients | {"loss": torch.tensor(loss, dtype=torch.float64)}
+        save_file(seen, target / f"{name}.rank{os.environ['LOCAL_RANK']}.safetensors")
+
+
+def _recomputing(build: Callable[..., Any], *arguments: Any) -> Any:
+    llm = build(*arguments)
+    llm.gradient_checkpointing_enable({"use_reentrant": False})
+    return llm
 
 
 def from_file(path: Path) -> tuple[float, dict[str, Tensor]]:
@@ -77,9 +104,10 @@ def from_file(path: Path) -> tuple[float, dict[str, Tensor]]:
     return gradients.pop("loss").item(), gradients
 
 
-def stock(config: Config, pretrained: Path) -> tuple[float, dict[str, Tensor]]:
+def stock(config: Config, pretrained: Path, step: Step = Step.finetune) -> tuple[float, dict[str, Tensor]]:
     """The same batch, padded, through the stock model with its own masks and logits at every position."""
-    stage = make_stage(one_step(config), Step.finetune, {Step.pretrain: pretrained})
+    config = with_trainer(one_step(config), strategy=Strategy.auto)
+    stage = make_stage(config, step, {Step.pretrain: pretrained})
     dataset = stage.dataset(stage.plan(1, 1), 0)
     llm = AutoModelForCausalLM.from_pretrained(stage.weights[Part.llm], attn_implementation="eager")
     stage.mllm.zero_grad()
@@ -104,13 +132,16 @@ def stock(config: Config, pretrained: Path) -> tuple[float, dict[str, Tensor]]:
     logits = llm(inputs_embeds=padded, attention_mask=mask, use_cache=False).logits[:, :-1]
     loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     loss.backward()
-    gradients = {f"llm.{name}": value.grad for name, value in llm.named_parameters()}
-    gradients |= {f"projector.{name}": value.grad for name, value in stage.mllm.projector.named_parameters()}
+    gradients = {f"projector.{name}": value.grad for name, value in stage.mllm.projector.named_parameters()}
+    if Part.llm in stage.recipe.trainable:
+        gradients |= {f"llm.{name}": value.grad for name, value in llm.named_parameters()}
     return loss.item(), gradients
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest relative error over all parameters."""
     assert found.keys() == expected.keys()
-    errors: list[Any] = [(found[name] - expected[name]).norm() / expected[name].norm() for name in expected]
+    errors: list[Any] = [
+        (found[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-30) for name in expected
+    ]
     return max(errors).item()

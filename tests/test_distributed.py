@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories_training import GLOBAL_BATCH, losses, make_cell, metrics, with_trainer
-from gradients import distance, from_file, ours_to_file, stock
+from factories_training import losses, make_cell, metrics, with_trainer
 from safetensors.torch import load_file
 from training_processes import run_ranks, train_step
 
@@ -32,19 +31,6 @@ def whole(root: Path, config: Config) -> Path:
     """The run of one rank."""
     train(config, Step.pretrain, root / "whole", {})
     return root / "whole"
-
-
-@pytest.mark.parametrize("micro_batches", [1, 3, GLOBAL_BATCH // 2 + 2])
-def test_two_ranks_have_the_gradients_of_one(
-    config: Config, whole: Path, tmp_path: Path, micro_batches: int
-) -> None:
-    """The last case has text-only bins on one rank beside images on the other, and empty ones."""
-    assert run_ranks(2, ours_to_file, config, micro_batches, whole, tmp_path) == [0, 0]
-    expected_loss, expected = stock(config, whole)
-    for rank in (0, 1):
-        loss, gradients = from_file(tmp_path / f"rank{rank}.safetensors")
-        assert loss == pytest.approx(expected_loss, rel=1e-5)
-        assert distance(gradients, expected) < 1e-5
 
 
 def test_two_ranks_train_what_one_trains(config: Config, whole: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise WeightsError(f"{folder} has neither {single.name} nor {index.name}.")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is no index of safetensors files: {error!r}") from error
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise WeightsError(f"{index} lists files that are not there: {', '.join(missing)}.")
