@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py [rounds=5] [steps=60]     # two minutes on two cores
 
-A tiny cell is trained in turns with all three and with none. The difference is in seconds per optimizer step, and
-they do not grow with the model, but for checkpoints: these are timed apart, by the parameter.
+A tiny cell is trained in turns with all three and with none. The difference is in seconds per optimizer step;
+it does not grow with the model, but for checkpoints: these are timed apart, by the parameter.
 """
 
 import statistics
@@ -21,6 +21,7 @@ import torch
 
 from morebench.config.schema import Config, Step, Tracking
 from morebench.matrix.mirror import Mirror
+from morebench.matrix.mirror_store import prepare
 from morebench.matrix.shipper import Shipper
 from morebench.training.fragments import whole
 from morebench.training.module import StageModule
@@ -44,15 +45,17 @@ parts: Counter[str] = Counter()  # seconds, over all runs with everything
 def main(rounds: str = "5", steps: str = "60") -> None:
     with TemporaryDirectory() as place:
         root = Path(place)
+        tracking = Tracking(uri=f"sqlite:///{root / 'mlflow.db'}", experiment="overhead")
+        prepare(tracking)
         base = with_trainer(make_cell(root / "cell"), checkpoint_every_n_steps=STEPS_BETWEEN)
         config = with_recipe(base, epochs=int(steps), max_steps=int(steps))
-        run(with_recipe(config, max_steps=2), root / "warm", with_all=True)
+        run(with_recipe(config, max_steps=2), root / "warm", tracking)
         parts.clear()
         pairs = []
         for number in range(int(rounds)):
             # the order changes, so that whatever drifts costs both alike
             order = (True, False) if number % 2 else (False, True)
-            took = {flag: run(config, root / f"{number}{flag}", with_all=flag) for flag in order}
+            took = {flag: run(config, root / f"{number}{flag}", tracking if flag else None) for flag in order}
             pairs.append((took[True], took[False]))
         report(pairs, int(steps))
         checkpoint(root / "checkpoint")
@@ -72,21 +75,23 @@ def report(pairs: list[tuple[tuple[float, float], tuple[float, float]]], steps: 
         print(f"  {name}: {1000 * seconds / steps / len(pairs):.3f}")
 
 
-def run(config: Config, folder: Path, with_all: bool) -> tuple[float, float]:
-    """Wall and CPU seconds of the process, shipping thread included, from the first step to the last."""
+def run(config: Config, folder: Path, tracking: Tracking | None) -> tuple[float, float]:
+    """Wall and CPU seconds of the process, shipping thread included, from the first step to the last.
+
+    Without `tracking` there are no checkpoints and no telemetry either.
+    """
     clocks: list[tuple[float, float]] = []
 
     def note(self: StageModule) -> None:
         clocks.append((time.perf_counter(), time.process_time()))
 
-    tracking = Tracking(uri=f"sqlite:///{folder.parent / 'mlflow.db'}", experiment="overhead")
     begin = StageModule.on_train_epoch_start
     with ExitStack() as stack:
         replace = stack.enter_context(_patches())
         replace(StageModule, "on_train_epoch_start", lambda self: (begin(self), note(self)))
         replace(StageModule, "on_train_epoch_end", note)
         folder.mkdir()
-        if with_all:
+        if tracking is not None:
             _timed(replace, Telemetry, "on_train_batch_end", "telemetry: a line, flops, progress")
             _timed(replace, StageModule, "_of_all_ranks", "telemetry: values of all ranks")
             _timed(replace, Saver, "on_train_batch_end", "checkpoints of the tiny cell")
@@ -97,8 +102,8 @@ def run(config: Config, folder: Path, with_all: bool) -> tuple[float, float]:
             replace(Telemetry, "on_train_batch_end", lambda *_: None)
             replace(Saver, "on_train_batch_end", lambda *_: None)
         train(config, Step.pretrain, folder, {})
-        if with_all:
-            assert mirror.close()
+        if tracking is not None:
+            assert mirror.close(timeout=120)
             assert len(metrics(folder)) == config.stage.pretrain.max_steps
     (wall, cpu), (wall_end, cpu_end) = clocks
     return wall_end - wall, cpu_end - cpu
