@@ -38,6 +38,7 @@ STEPS_BETWEEN, SECONDS_BETWEEN = 200, 15 * 60  # checkpoints, as in conf/trainer
 NUM_PARAMETERS = 10_000_000
 PHI4 = 3_800_000_000
 RANKS = 8
+SHIPPING = "shipping, CPU of its thread"
 
 parts: Counter[str] = Counter()  # seconds, over all runs with everything
 
@@ -70,6 +71,10 @@ def report(pairs: list[tuple[tuple[float, float], tuple[float, float]]], steps: 
         verdict = "" if name == "CPU" else f" (goal: {GOAL:.0%})"
         print(f"{name}: step {off_step:.4f} s without, ratio {ratio:.4f}; + {1000 * cost:.2f} ms a step,")
         print(f"  {cost:.2%} of a step of 1 s{verdict}; single pairs {[f'{1000 * x:.1f}' for x in extra]} ms")
+    wall = sum(on[0] for on, _ in pairs)
+    print(
+        f"shipping goes by time, not by steps: {parts[SHIPPING] / wall:.2%} of one core, in a thread of its own"
+    )
     print("of which, in ms a step:")
     for name, seconds in parts.most_common():
         print(f"  {name}: {1000 * seconds / steps / len(pairs):.3f}")
@@ -95,7 +100,7 @@ def run(config: Config, folder: Path, tracking: Tracking | None) -> tuple[float,
             _timed(replace, Telemetry, "on_train_batch_end", "telemetry: a line, flops, progress")
             _timed(replace, StageModule, "_of_all_ranks", "telemetry: values of all ranks")
             _timed(replace, Saver, "on_train_batch_end", "checkpoints of the tiny cell")
-            _timed(replace, Shipper, "ship", "shipping, CPU of its thread", clock=time.thread_time)
+            _timed(replace, Shipper, "ship", SHIPPING, clock=time.thread_time)
             mirror = Mirror(tracking, folder, "cell", "pretrain", None)
             mirror.start()
         else:
