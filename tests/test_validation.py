@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from factories_training import losses, make_cell, metrics, with_recipe, with_trainer
+from lightning.pytorch import Trainer
 from training_processes import run_ranks, train_step
 
 from morebench.config.schema import Config, Step, TrainingData
+from morebench.data.batch import Batch
 from morebench.data.checking.check import check_data
 from morebench.data.records import Sample, Turn
 from morebench.data.validation import validation_slice
 from morebench.errors import ConfigError
+from morebench.training.module import StageModule
 from morebench.training.run import train
 from morebench.training.stage import make_stage
 from morebench.training.validation import Validation, validation_steps
@@ -95,6 +98,28 @@ def test_training_does_not_notice_that_the_loss_is_measured(
     name = "projector.safetensors"
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     assert validation_losses(tmp_path) == [None] * len(validation_losses(whole))
+
+
+def test_measuring_leaves_no_trace(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with dropout, say, would draw in training, and would not in eval mode."""
+    loss, seen = Validation.loss, []
+
+    def drawing_step(self: StageModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        seen.append((torch.is_grad_enabled(), self.mllm.get_submodule("llm").training))
+        torch.rand(3)
+        return self.mllm(batch)
+
+    def watched_loss(self: Validation, trainer: Trainer, module: StageModule) -> float:
+        before = torch.get_rng_state()
+        measured = loss(self, trainer, module)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert module.mllm.get_submodule("llm").training
+        return measured
+
+    monkeypatch.setattr(StageModule, "validation_step", drawing_step)
+    monkeypatch.setattr(Validation, "loss", watched_loss)
+    train(with_recipe(config, max_steps=1), Step.pretrain, tmp_path, {})
+    assert set(seen) == {(False, False)}
 
 
 def test_training_is_that_on_data_without_the_slice(
