@@ -10,7 +10,7 @@ import pytest
 from factories_training import make_cell, metrics
 
 from morebench.config.compose import save_config
-from morebench.config.schema import Config, Step
+from morebench.config.schema import Config
 from morebench.errors import EXIT_DONE, EXIT_USER, FencedError, RunError
 from morebench.matrix import ledger
 from morebench.matrix.ledger import State

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 from factories_training import losses, make_cell, metrics, with_trainer
-from training_processes import finish, start, train_until_fsync, train_until_line, train_until_save
+from training_processes import (
+    NO_DISK,
+    finish,
+    start,
+    train_on_a_full_disk,
+    train_until_fsync,
+    train_until_line,
+    train_until_save,
+)
 
 from morebench.config.schema import Config, Step
 from morebench.errors import EXIT_USER, DiskFullError, Interrupted, RunError
@@ -124,6 +132,17 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_last(
     with pytest.raises(raised):
         train(config, Step.pretrain, tmp_path, {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_disk_that_is_full_ends_the_run_which_goes_on_when_there_is_room(
+    config: Config, whole: Path, tmp_path: Path
+) -> None:
+    """On a small disk of its own: the files of a run are kept there through full and free again."""
+    (code,) = finish(start(train_on_a_full_disk, config, Step.pretrain, tmp_path / "disk", tmp_path / "run"))
+    if code == NO_DISK:
+        pytest.skip("needs a mount namespace of its own")
+    assert code == 0
+    assert_same(tmp_path / "run", whole)
 
 
 def test_a_jumping_clock_changes_nothing(
