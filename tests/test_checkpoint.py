@@ -88,7 +88,7 @@ def write_ranks(root: Path, ranks: list[dict[str, Fragment]]) -> Path:
     """What each rank has of the parameters."""
     aside = aside_of(root, 7, "token")
     for rank, named in enumerate(ranks):
-        write_pieces(aside, rank, copied({"parameters": named}), lambda: None)
+        write_pieces(aside, rank, copied({"parameters": named}, {}), lambda: None)
     return commit(root, aside, len(ranks), {})
 
 
@@ -142,6 +142,18 @@ def test_pieces_that_do_not_add_up_make_no_checkpoint(tmp_path: Path) -> None:
         "parameters end: the pieces hold 5 elements, its shape [6] has 6.",
     ]
     assert [folder.step for folder in [newest_checkpoint(tmp_path, print)] if folder] == [1]
+
+
+def test_a_copy_uses_the_memory_of_the_one_before_where_it_fits() -> None:
+    live = torch.arange(4.0)
+    first = copied({"parameters": {"a": whole(live), "b": whole(live)}}, {})
+    where = first["parameters"]["a"].values.data_ptr()
+    live += 1
+    second = copied({"parameters": {"a": whole(live), "b": whole(torch.zeros(2))}}, first)
+    live += 1
+    assert second["parameters"]["a"].values.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert second["parameters"]["a"].values.data_ptr() == where
+    assert second["parameters"]["b"].values.tolist() == [0.0, 0.0]
 
 
 def test_a_rank_whose_files_are_elsewhere_is_named(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from morebench.training.module import StageModule
 from morebench.training.resume import newest_checkpoint
 from morebench.training.run import train
 from morebench.training.telemetry import MetricsFile
+from morebench.training.watchdog import Watchdog
 from morebench.training.writing import save_checkpoint
 
 TENSORS = {"parameters": {"a": whole_piece(torch.zeros(1))}}
@@ -109,6 +110,28 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     monkeypatch.setattr(writing, "save_file", waiting_save)
     train(config, Step.pretrain, tmp_path, {})
     assert_same(tmp_path, whole)
+
+
+def test_a_long_save_that_gets_on_keeps_the_watchdog_quiet(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a request to stop, each file waits until the watchdog has heard of the one before."""
+    heard = threading.Semaphore(0)
+    beat, save_file = Watchdog.beat, writing.save_file
+
+    def counted_beat(self: Watchdog, where: str) -> None:
+        beat(self, where)
+        if "waiting for a checkpoint" in where:
+            heard.release()
+
+    def slow_save(values: dict[str, torch.Tensor], path: Path) -> None:
+        assert heard.acquire(timeout=60), "no beat"
+        save_file(values, path)
+
+    monkeypatch.setattr(Watchdog, "beat", counted_beat)
+    monkeypatch.setattr(writing, "save_file", slow_save)
+    _interrupt_after(2, with_trainer(config, checkpoint_every_n_steps=100), tmp_path, monkeypatch)
+    assert newest_checkpoint(tmp_path / "checkpoints", print) is not None
 
 
 @pytest.mark.parametrize(
