@@ -64,6 +64,8 @@ def write_pieces(aside: Path, rank: int, tensors: Tensors, progressed: Callable[
         aside.mkdir(parents=True, exist_ok=True)
         hashes, pieces = {}, {}
         for kind, named in tensors.items():
+            if not named:  # of replicas, the first rank has all
+                continue
             path = aside / file_name(kind, rank)
             values = {name: piece.values for name, piece in named.items()}
             if bad := [name for name, value in values.items() if not _is_finite(value)]:
