@@ -1,21 +1,26 @@
+import hashlib
+import json
 import os
+import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from morebench.errors import DiskFullError, RunError
-from morebench.training.fragments import read_whole, whole
+from morebench.errors import DiskFullError, NonFiniteError, RunError
+from morebench.training.fragments import Fragment, read_whole, whole
 from morebench.training.resume import (
+    meta_digest,
     newest_checkpoint,
     restore_optimizer,
     restore_parameters,
 )
+from morebench.training.saving import Pace
 from morebench.training.telemetry import MetricsFile
-from morebench.training.writing import save_checkpoint
+from morebench.training.writing import aside_of, commit, copied, save_checkpoint, write_pieces
 
 TENSORS = {
     "parameters": {"a": whole(torch.arange(6.0).view(2, 3))},
@@ -79,6 +84,156 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, harm: str)
     assert str(bad) in said[0]
 
 
+def write_ranks(root: Path, ranks: list[dict[str, Fragment]]) -> Path:
+    """What each rank has of the parameters."""
+    aside = aside_of(root, 7, "token")
+    for rank, named in enumerate(ranks):
+        write_pieces(aside, rank, copied({"parameters": named}, {}), lambda: None)
+    return commit(root, aside, len(ranks), {})
+
+
+def piece(values: torch.Tensor, start: int, *shape: int) -> Fragment:
+    return Fragment(values, start, shape)
+
+
+def test_pieces_of_several_ranks_are_read_as_one(tmp_path: Path) -> None:
+    """Cut anywhere, not in the order of the ranks; a rank may have nothing."""
+    a, step = torch.arange(15.0), torch.tensor([3.0])
+    write_ranks(
+        tmp_path,
+        [
+            {"a": piece(a[9:], 9, 5, 3), "step": piece(step, 0)},
+            {"a": piece(a[:2], 0, 5, 3)},
+            {"a": piece(a[2:9], 2, 5, 3)},
+            {"a": piece(a[:0], 15, 5, 3)},
+        ],
+    )
+    found = newest_checkpoint(tmp_path, print)
+    assert found is not None
+    pieces = found.pieces("parameters")
+    assert pieces.shapes == {"a": (5, 3), "step": ()}
+    assert torch.equal(read_whole(pieces, "a"), a.view(5, 3))
+    assert torch.equal(read_whole(pieces, "step"), torch.tensor(3.0))
+    for start in range(16):
+        for stop in range(start, 16):
+            assert torch.equal(pieces.read("a", start, stop), a[start:stop])
+    with pytest.raises(RunError, match=r"Elements 3 to 16 of a were asked for, which has 15"):
+        pieces.read("a", 3, 16)
+
+
+def test_pieces_that_do_not_add_up_make_no_checkpoint(tmp_path: Path) -> None:
+    """All of them named, and the one before stays."""
+    save_checkpoint(tmp_path, 1, TENSORS, {})
+    a = torch.arange(6.0)
+    with pytest.raises(RunError) as caught:
+        write_ranks(
+            tmp_path,
+            [
+                {"gap": piece(a[:2], 0, 6), "twice": piece(a[:4], 0, 6), "end": piece(a[:3], 0, 6)},
+                {"gap": piece(a[3:], 3, 6), "twice": piece(a[3:], 3, 6), "end": piece(a[3:5], 3, 6)},
+                {"shapes": piece(a, 0, 6)},
+                {"shapes": piece(a[:0], 6, 2, 3)},
+            ],
+        )
+    assert str(caught.value).splitlines()[1:] == [
+        "parameters shapes: shape [6] on one rank, [2, 3] on rank 3.",
+        "parameters gap: no rank has elements 2 to 3.",
+        "parameters twice: several ranks have elements 3 to 4.",
+        "parameters end: the pieces hold 5 elements, its shape [6] has 6.",
+    ]
+    assert [folder.step for folder in [newest_checkpoint(tmp_path, print)] if folder] == [1]
+
+
+def test_a_copy_uses_the_memory_of_the_one_before_where_it_fits() -> None:
+    live = torch.arange(4.0)
+    first = copied({"parameters": {"a": whole(live), "b": whole(live)}}, {})
+    where = first["parameters"]["a"].values.data_ptr()
+    live += 1
+    second = copied({"parameters": {"a": whole(live), "b": whole(torch.zeros(2))}}, first)
+    live += 1
+    assert second["parameters"]["a"].values.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert second["parameters"]["a"].values.data_ptr() == where
+    assert second["parameters"]["b"].values.tolist() == [0.0, 0.0]
+
+
+def test_a_rank_whose_files_are_elsewhere_is_named(tmp_path: Path) -> None:
+    aside = aside_of(tmp_path, 7, "token")
+    write_pieces(aside, 0, TENSORS, lambda: None)
+    with pytest.raises(RunError, match=r"Ranks \[1, 2\] wrote a checkpoint, and .* does not hold it"):
+        commit(tmp_path, aside, 3, {})
+
+
+def test_no_checkpoint_is_made_of_nan(tmp_path: Path) -> None:
+    bad = {"parameters": {"w": whole(torch.tensor([1.0, float("inf")]))}}
+    with pytest.raises(
+        NonFiniteError, match=r"After optimizer step 8 NaN or inf is in the parameters of \['w'\]"
+    ):
+        save_checkpoint(tmp_path, 9, bad, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_an_older_format_is_passed_over_by_name(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 2, TENSORS, {})
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["format"], meta["sha256"]
+    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": meta_digest(meta)}))
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, said.append) is None
+    assert "format 1, this version of morebench reads 2" in said[0]
+
+
+class Evil:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
+    """Beside its files, in place of one, and in place of one with all hashes made to fit."""
+    trace = tmp_path / "was_here"
+    evil = pickle.dumps(Evil(trace))
+    root = tmp_path / "checkpoints"
+    folder = save_checkpoint(root, 2, TENSORS, {})
+    for name in ("optimizer.pt", "meta.pkl", ".metadata"):
+        (folder / name).write_bytes(evil)
+    found = newest_checkpoint(root, print)
+    assert found is not None
+    read_whole(found.pieces("parameters"), "a")
+    target = folder / "parameters.rank0000.safetensors"
+    target.write_bytes(evil)
+    assert newest_checkpoint(root, print) is None
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["sha256"]
+    meta["files"][target.name] = hashlib.sha256(evil).hexdigest()
+    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": meta_digest(meta)}))
+    found = newest_checkpoint(root, print)
+    assert found is not None
+    with pytest.raises(SafetensorError):
+        read_whole(found.pieces("parameters"), "a")
+    assert not trace.exists()
+    pickle.loads(evil)
+    assert trace.exists(), "the file would have done harm"
+
+
+def test_a_checkpoint_is_due_by_steps_or_by_minutes() -> None:
+    now = [1000.0]
+    pace = Pace(every_n_steps=100, every_n_minutes=10, clock=lambda: now[0])
+    assert not pace.is_due(99)
+    assert pace.is_due(100)
+    assert pace.is_due(101), "still owed while another one was being written"
+    pace.taken()
+    now[0] += 599
+    assert not pace.is_due(102)
+    now[0] += 1
+    assert pace.is_due(103)
+    pace.taken()
+    assert not pace.is_due(104)
+
+
 def test_optimizer_state_comes_back(tmp_path: Path) -> None:
     def make() -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
         parameters = [torch.nn.Parameter(torch.full((3,), float(value))) for value in (1, 2)]
@@ -120,36 +275,6 @@ def test_metrics_are_cut_at_the_checkpoint_and_at_a_torn_line(tmp_path: Path) ->
     with MetricsFile(tmp_path / "absent.jsonl", 1) as metrics:
         metrics.append({"step": 1})
     assert (tmp_path / "absent.jsonl").read_text() == '{"step": 1}\n'
-
-
-_FULL_DISK = """
-import sys, torch
-from pathlib import Path
-from morebench.errors import DiskFullError
-from morebench.training.fragments import whole
-from morebench.training.resume import newest_checkpoint
-from morebench.training.writing import save_checkpoint
-root = Path(sys.argv[1])
-small, large = ({"parameters": {"a": whole(torch.randn(size))}} for size in (1000, 40000))
-save_checkpoint(root, 1, small, {})
-try:
-    save_checkpoint(root, 2, large, {})
-except DiskFullError as error:
-    assert "No space left" in str(error), error
-    assert [path.name for path in root.iterdir()] == ["step_00000001"]
-    assert newest_checkpoint(root, print).step == 1
-    sys.exit(error.exit_code)
-"""
-
-
-def test_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    mount = f"mount -t tmpfs -o size=64k none {tmp_path}"
-    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    if not shutil.which("unshare") or subprocess.run([*unshare, mount], capture_output=True).returncode:
-        pytest.skip("needs a mount namespace of its own")
-    script = f'{mount} && exec "$0" -c "$1" {tmp_path}'
-    done = subprocess.run([*unshare, script, sys.executable, _FULL_DISK], capture_output=True, text=True)
-    assert done.returncode == 5, done.stderr
 
 
 def test_full_disk_named_in_metrics(tmp_path: Path) -> None:

@@ -47,8 +47,10 @@ def test_two_ranks_train_what_one_trains(config: Config, whole: Path, tmp_path: 
 def test_signal_to_one_rank_stops_both_and_either_number_of_ranks_continues(
     config: Config, whole: Path, tmp_path: Path
 ) -> None:
-    two = with_trainer(config, devices=2)
+    """In the middle of an accumulation of three micro-batches."""
+    two = with_trainer(config, devices=2, micro_batch_tokens=300)
     assert run_ranks(2, _signal_rank_1, two, tmp_path) == [EXIT_INTERRUPTED, EXIT_INTERRUPTED]
+    assert json.loads((tmp_path / "manifest.json").read_text())["micro_batches"] == 3
     assert len(metrics(tmp_path)) == 3
     train(config, Step.pretrain, tmp_path, {})
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -65,8 +67,8 @@ def _signal_rank_1(config: Config, folder: Path) -> None:
     training_step = StageModule.training_step
 
     def asking_step(self: StageModule, batch: Any, batch_idx: int) -> Any:
-        if self.next_step == 2 and os.environ["LOCAL_RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGUSR1)
+        if (self.next_step, batch_idx % 3) == (2, 1) and os.environ["LOCAL_RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
         return training_step(self, batch, batch_idx)
 
     StageModule.training_step = asking_step  # type: ignore[method-assign]

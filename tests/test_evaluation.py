@@ -14,7 +14,7 @@ from factories_training import make_cell, with_trainer
 from PIL import Image
 
 from morebench.config.schema import Config, Part, Profile, Suite
-from morebench.errors import ConfigError, DataError, MorebenchError, WeightsError
+from morebench.errors import ConfigError, DataError, FencedError, MorebenchError, WeightsError
 from morebench.evaluation import run
 from morebench.evaluation.generate import Answer
 from morebench.evaluation.predictions import PredictionsFile
@@ -131,6 +131,25 @@ def test_a_killed_evaluation_continues_to_the_same_files(
     evaluate(config, tmp_path, parent)
     assert artefacts(tmp_path) == artefacts(evaluated)
     assert len(generated) == 18 - batches + (1 if cut else 0)  # 3 tasks x 2 x 3 batches of up to 8
+
+
+@pytest.mark.parametrize("allowed", [1, 3])
+def test_an_evaluation_that_was_taken_over_writes_nothing_more(
+    cell: Cell, tmp_path: Path, allowed: int
+) -> None:
+    """After one batch of the first task, or with all three before the file is put in order."""
+    left = [allowed]
+
+    def fence() -> None:
+        if left[0] == 0:
+            raise FencedError("taken")
+        left[0] -= 1
+
+    with pytest.raises(FencedError):
+        evaluate(cell[0], tmp_path, cell[1], fence)
+    (file,) = (tmp_path / "predictions").iterdir()
+    assert len(file.read_text().splitlines()) <= 8 * allowed
+    assert {path.name for path in tmp_path.iterdir()} == {"predictions"}
 
 
 def count_generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:

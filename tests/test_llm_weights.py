@@ -1,9 +1,11 @@
 """An LLM's folder must hold exactly the LLM that the shape describes, and says so when it does not."""
 
 import json
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +127,26 @@ def test_shapes_of_nothing_are_refused(changes: dict[str, object], reason: str) 
     with pytest.raises(ConfigError) as caught:
         llm_config(LLM_SHAPES["llama"] | changes)
     assert reason in str(caught.value)
+
+
+class Evil:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+def test_a_pickle_among_the_weights_does_not_run(tmp_path: Path) -> None:
+    """Beside the safetensors it is not looked at, and without them it is no substitute."""
+    trace = tmp_path / "was_here"
+    folder = saved(LLM_SHAPES["llama"], tmp_path / "llm")
+    for name in ("pytorch_model.bin", "model.bin", "training_args.bin"):
+        (folder / name).write_bytes(pickle.dumps(Evil(trace)))
+    load(tmp_path, folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="Only safetensors are read"):
+        load(tmp_path, folder)
+    assert not trace.exists()

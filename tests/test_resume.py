@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 from factories_training import losses, make_cell, metrics, with_trainer
-from training_processes import finish, start, train_until_fsync, train_until_line, train_until_save
+from training_processes import (
+    NO_DISK,
+    finish,
+    start,
+    train_on_a_full_disk,
+    train_until_fsync,
+    train_until_line,
+    train_until_save,
+)
 
 from morebench.config.schema import Config, Step
 from morebench.errors import EXIT_USER, DiskFullError, Interrupted, RunError
@@ -23,6 +31,7 @@ from morebench.training.module import StageModule
 from morebench.training.resume import newest_checkpoint
 from morebench.training.run import train
 from morebench.training.telemetry import MetricsFile
+from morebench.training.watchdog import Watchdog
 from morebench.training.writing import save_checkpoint
 
 TENSORS = {"parameters": {"a": whole_piece(torch.zeros(1))}}
@@ -103,6 +112,28 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert_same(tmp_path, whole)
 
 
+def test_a_long_save_that_gets_on_keeps_the_watchdog_quiet(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a request to stop, each file waits until the watchdog has heard of the one before."""
+    heard = threading.Semaphore(0)
+    beat, save_file = Watchdog.beat, writing.save_file
+
+    def counted_beat(self: Watchdog, where: str) -> None:
+        beat(self, where)
+        if "waiting for a checkpoint" in where:
+            heard.release()
+
+    def slow_save(values: dict[str, torch.Tensor], path: Path) -> None:
+        assert heard.acquire(timeout=60), "no beat"
+        save_file(values, path)
+
+    monkeypatch.setattr(Watchdog, "beat", counted_beat)
+    monkeypatch.setattr(writing, "save_file", slow_save)
+    _interrupt_after(2, with_trainer(config, checkpoint_every_n_steps=100), tmp_path, monkeypatch)
+    assert newest_checkpoint(tmp_path / "checkpoints", print) is not None
+
+
 @pytest.mark.parametrize(
     ("error", "raised"),
     [(OSError(errno.ENOSPC, "full"), DiskFullError), (PermissionError(errno.EACCES, "no"), PermissionError)],
@@ -124,6 +155,17 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_last(
     with pytest.raises(raised):
         train(config, Step.pretrain, tmp_path, {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_disk_that_is_full_ends_the_run_which_goes_on_when_there_is_room(
+    config: Config, whole: Path, tmp_path: Path
+) -> None:
+    """On a small disk of its own: the files of a run are kept there through full and free again."""
+    (code,) = finish(start(train_on_a_full_disk, config, Step.pretrain, tmp_path / "disk", tmp_path / "run"))
+    if code == NO_DISK:
+        pytest.skip("needs a mount namespace of its own")
+    assert code == 0
+    assert_same(tmp_path / "run", whole)
 
 
 def test_a_jumping_clock_changes_nothing(

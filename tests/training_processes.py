@@ -3,7 +3,9 @@
 They are forked from a server that has imported everything and computed nothing, which is fast and safe.
 """
 
+import ctypes
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -13,11 +15,14 @@ from multiprocessing.context import ForkProcess, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from morebench.config.schema import Config, Step
 from morebench.errors import MorebenchError
 
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["morebench.training.run", "morebench.models.vision", "open_clip", "timm"])
+NO_DISK = 99  # exit code where mounting one is not allowed
 TIMEOUT = 120  # seconds; a hang is a failure, not a wait
 
 
@@ -135,6 +140,35 @@ def train_until_save(where: str, config: Config, step: Step, folder: Path) -> No
 
     writing.save_file, writing.replace = fatal_save, fatal_replace  # type: ignore[assignment]
     train_step(config, step, folder, {})
+
+
+def train_on_a_full_disk(config: Config, step: Step, disk: Path, copy: Path) -> None:
+    """Fills a disk of 256 KiB but for a few, trains until it is full, makes room, and trains to the end."""
+    from morebench.errors import DiskFullError
+
+    disk.mkdir()
+    if not _mount(disk, "256k"):
+        sys.exit(NO_DISK)
+    filler, run = disk / "filler", disk / "run"
+    run.mkdir()
+    filler.write_bytes(bytes(215 * 1024))
+    with pytest.raises(DiskFullError, match="No space left"):
+        train_step(config, step, run, {})
+    filler.unlink()
+    train_step(config, step, run, {})
+    shutil.copytree(run, copy)
+
+
+def _mount(target: Path, size: str) -> bool:
+    """A tmpfs that this process alone sees."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(0x10000000 | 0x00020000):  # CLONE_NEWUSER | CLONE_NEWNS
+        return False
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    return not libc.mount(b"none", os.fsencode(target), b"tmpfs", 0, f"size={size}".encode())
 
 
 def _as_rank(rank: int, world_size: int, port: int, function: Callable[..., None], *arguments: Any) -> None:

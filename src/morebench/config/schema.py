@@ -294,7 +294,7 @@ class Trainer:
     compile: bool | None  # the LLM's blocks, by torch.compile; null: where it is faster
     checkpoint_every_n_steps: int = bounded(1)
     checkpoint_every_n_minutes: float = bounded(0)  # whichever of the two comes first
-    hang_timeout_minutes: float = bounded(0)  # without a micro-batch; then the run ends and can be resumed
+    hang_timeout_minutes: float = bounded(0)  # without a micro-batch; then the run ends, resumable; 0: never
     gpu: str | None  # file stem below conf/gpus that `plan` estimates for; null: the one of this machine
     usd_per_gpu_hour: float | None = bounded(0)  # what `plan` multiplies GPU-hours by; null: no price
     evaluate_batch_size: int = bounded(1)

@@ -36,13 +36,22 @@ Tensors = Mapping[str, Mapping[str, Fragment]]  # kind -> name -> this rank's pi
 _CHUNK = 2**24  # elements looked at at once: what is compared is not copied in full
 
 
-def copied(tensors: Tensors) -> dict[str, dict[str, Fragment]]:
-    """On the CPU, where training does not change it."""
+Copied = dict[str, dict[str, Fragment]]
+
+
+def copied(tensors: Tensors, into: Copied) -> Copied:
+    """On the CPU, where training does not change it. `into` is an earlier copy, whose memory is used again:
+    to ask for new memory takes several times as long as to fill it.
+    """
+
+    def copy(kind: str, name: str, piece: Fragment) -> Fragment:
+        values, former = piece.values.detach(), into.get(kind, {}).get(name)
+        if former is None or (former.values.shape, former.values.dtype) != (values.shape, values.dtype):
+            return piece._replace(values=values.to("cpu", copy=True).contiguous())
+        return piece._replace(values=former.values.copy_(values))
+
     return {
-        kind: {
-            name: piece._replace(values=piece.values.detach().to("cpu", copy=True).contiguous())
-            for name, piece in named.items()
-        }
+        kind: {name: copy(kind, name, piece) for name, piece in named.items()}
         for kind, named in tensors.items()
     }
 
@@ -55,6 +64,8 @@ def write_pieces(aside: Path, rank: int, tensors: Tensors, progressed: Callable[
         aside.mkdir(parents=True, exist_ok=True)
         hashes, pieces = {}, {}
         for kind, named in tensors.items():
+            if not named:  # of replicas, the first rank has all
+                continue
             path = aside / file_name(kind, rank)
             values = {name: piece.values for name, piece in named.items()}
             if bad := [name for name, value in values.items() if not _is_finite(value)]:
@@ -150,6 +161,7 @@ class Writer:
         self._job: Future[Any] | None = None
         self._closing = False
         self._facts: dict[str, Any] = {}
+        self._held: Copied = {}  # the only copy there is, kept from one checkpoint to the next
         self.aside: Path | None = None  # of the checkpoint that is being written
         self.progress = 0  # grows while something happens
 
@@ -160,7 +172,7 @@ class Writer:
         assert self._job is None
         self._facts = facts
         self.aside = aside = aside_of(self._root, step, self._token)
-        held = copied(tensors)
+        self._held = held = copied(tensors, self._held)
 
         def job() -> None:
             if before is not None:
