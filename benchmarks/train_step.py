@@ -1,6 +1,6 @@
 """The train step against transformers: `LlavaForConditionalGeneration` and `Trainer`, on the CPU in fp32.
 
-    python benchmarks/train_step.py [--pairs 5] [--steps 8] [--threads 2] [--stage pretrain finetune]   # 15 min
+    python benchmarks/train_step.py [--pairs 5] [--steps 4] [--threads 1] [--stage pretrain finetune]   # 15 min
 
 Needs accelerate (`pip install -e '.[dev]'`). The same weights, samples, global batches, optimizer and
 schedule. Every run is a process of its own, and the two sides take turns. Ours is `training.run.train` with
@@ -27,6 +27,7 @@ from morebench.training.stage import make_stage
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_step_cell import FULL, QUICK, make_cell
+from train_step_stock import run_stock
 
 WARM = 2  # steps that are not timed: allocators fill, kernels are chosen
 MIB = 2**20
@@ -35,7 +36,7 @@ MIB = 2**20
 def main() -> None:
     arguments = _arguments()
     if arguments.side:
-        _one_run(arguments)
+        _print_run(arguments)
         return
     with TemporaryDirectory() as name:
         root = Path(name)
@@ -84,28 +85,29 @@ def _run_apart(root: Path, stage: str, side: str, arguments: argparse.Namespace)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _one_run(arguments: argparse.Namespace) -> None:
-    root, step = arguments.root, Step[arguments.stage[0]]
+def run(root: Path, step: Step, side: str, threads: int, micro_batch: int) -> dict[str, Any]:
+    """Of every optimizer step: loss, seconds, supervised tokens."""
     config = load_config(root / "config.yaml")
-    config = replace(config, trainer=replace(config.trainer, threads=arguments.threads))
+    config = replace(config, trainer=replace(config.trainer, threads=threads))
     parents = {Step.pretrain: root / "parent"}
-    torch.set_num_threads(arguments.threads)
     with TemporaryDirectory(dir=root) as name:
-        before = _peak()
-        if arguments.side == "ours":
-            train(config, step, Path(name), parents)
-            lines = [json.loads(line) for line in (Path(name) / METRICS).read_text().splitlines()]
-            run = {
-                "losses": [line["loss"] for line in lines],
-                "seconds": [line["step_s"] for line in lines],
-                "supervised": [line["supervised_tokens"] for line in lines],
-            }
-        else:
-            from train_step_stock import run_stock
-
+        if side != "ours":
             stage = make_stage(config, step, parents)
-            run = run_stock(stage, Path(name), arguments.micro_batch, "grouped" in arguments.side)
-    print(json.dumps(run | {"before": before, "peak": _peak()}))
+            return run_stock(stage, Path(name), micro_batch, "grouped" in side)
+        train(config, step, Path(name), parents)
+        lines = [json.loads(line) for line in (Path(name) / METRICS).read_text().splitlines()]
+    return {
+        "losses": [line["loss"] for line in lines],
+        "seconds": [line["step_s"] for line in lines],
+        "supervised": [line["supervised_tokens"] for line in lines],
+    }
+
+
+def _print_run(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    before, step = _peak(), Step[arguments.stage[0]]
+    found = run(arguments.root, step, arguments.side, arguments.threads, arguments.micro_batch)
+    print(json.dumps(found | {"before": before, "peak": _peak()}))
 
 
 def _peak() -> int:
@@ -117,8 +119,8 @@ def _peak() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="timed optimizer steps of a run")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps of a run")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=4096, help="ours: tokens of a micro-batch")
     parser.add_argument("--micro-batch", type=int, default=4, help="theirs: samples of one")
     parser.add_argument("--stage", nargs="+", default=["pretrain", "finetune"])

@@ -45,7 +45,7 @@ class Size:
     lengths: float  # factor on all texts
 
 
-FULL = Size(84, 7, 65_536, 256, 4, {Step.pretrain: 32, Step.finetune: 16}, 1536, 1.0)
+FULL = Size(84, 7, 65_536, 128, 4, {Step.pretrain: 16, Step.finetune: 16}, 1536, 1.0)
 QUICK = Size(28, 7, 65_536, 32, 2, {Step.pretrain: 8, Step.finetune: 4}, 256, 0.1)
 
 
