@@ -47,8 +47,8 @@ def compare_attention(device: torch.device, tiny: bool) -> Iterator[str]:
             errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
             seconds = _seconds(tensors, made, facts, upstream, device)
             yield (
-                f"attention, {label}, {kind.name}: forward and backward {1000 * seconds:.2f} ms; relative error "
-                f"{errors[0]:.1e}, of gradients {max(errors[1:]):.1e}"
+                f"attention, {label}, {kind.name}: forward and backward {1000 * seconds:.2f} ms; "
+                f"relative error {errors[0]:.1e}, of gradients {max(errors[1:]):.1e}"
             )
 
 

@@ -1,11 +1,11 @@
 """The train step against transformers: `LlavaForConditionalGeneration` and `Trainer`, on the CPU in fp32.
 
-    python benchmarks/train_step.py [--pairs 5] [--steps 4] [--threads 1] [--stage pretrain finetune]   # 15 min
+    python benchmarks/train_step.py [--pairs 5] [--steps 4] [--threads 1] [--stage pretrain finetune]
 
 Needs accelerate (`pip install -e '.[dev]'`). The same weights, samples, global batches, optimizer and
 schedule. Every run is a process of its own, and the two sides take turns. Ours is `training.run.train` with
-everything that a run does: it reads, decodes and tokenizes while the clock runs, sums in a fixed order, writes
-metrics and checkpoints. The other side has its inputs ready in memory.
+everything that a run does: it reads, decodes and tokenizes while the clock runs, sums in a fixed order,
+writes metrics and checkpoints. The other side has its inputs ready in memory.
 """
 
 import argparse

@@ -40,7 +40,7 @@ def test_step_at_true_shapes_starts(
 ) -> None:
     import gpu_step
 
-    options = ["--tiny", "--device", "cpu", "--steps", "1", "--tokens", "128", "--accumulate", "2", "trainer.threads=1"]
+    options = ["--tiny", "--device", "cpu", "--steps", "1", "--tokens", "128", "trainer.threads=1"]
     monkeypatch.setattr(sys, "argv", ["gpu_step.py", *options, "--profile", str(tmp_path / "table")])
     gpu_step.main()
     out = capsys.readouterr().out

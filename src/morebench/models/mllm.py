@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from morebench.data.batch import Batch
 from morebench.models.features import encode, from_8bit
+from morebench.models.loss_cpu import loss_sum
 from morebench.models.normalise import Normalise
 from morebench.models.projector import MLPProjector
 from morebench.models.vision import VisionEncoder
@@ -105,6 +106,10 @@ class MLLM(nn.Module):
         return self.project(batch.features)
 
     def _loss_sum(self, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
+        head = self.llm.get_output_embeddings()
+        if hidden_SD.device.type == "cpu" and head.weight.dtype is torch.float32 is hidden_SD.dtype:
+            cap = getattr(self.llm.config, "final_logit_softcapping", None)
+            return loss_sum(hidden_SD, head, cap, targets_S)
         size = max(1, _LOGITS_PER_CHUNK // self.llm.config.vocab_size)
         pieces = list(zip(hidden_SD.split(size), targets_S.split(size), strict=True))
         if len(pieces) == 1:
