@@ -11,6 +11,7 @@ from morebench.data.batch import Batch
 from morebench.models.attention_gpu import attend_with
 from morebench.models.features import encode, from_8bit
 from morebench.models.loss import liger_loss_sum
+from morebench.models.loss_cpu import loss_sum
 from morebench.models.normalise import Normalise
 from morebench.models.projector import MLPProjector
 from morebench.models.stored import Pieces
@@ -117,9 +118,11 @@ class MLLM(nn.Module):
         return self.project(batch.features)
 
     def _loss_sum(self, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
+        head = self.llm.get_output_embeddings()
         if self.loss_kernel is LossKernel.liger:
-            head = self.llm.get_output_embeddings()
             return liger_loss_sum(hidden_SD, targets_S, head, self._final_softcap())
+        if hidden_SD.device.type == "cpu" and head.weight.dtype is torch.float32 is hidden_SD.dtype:
+            return loss_sum(hidden_SD, head, self._final_softcap(), targets_S)
         size = max(1, _LOGITS_PER_CHUNK // self.llm.config.vocab_size)
         pieces = list(zip(hidden_SD.split(size), targets_S.split(size), strict=True))
         if len(pieces) == 1:

@@ -27,7 +27,9 @@ class MLPProjector(nn.Sequential):
             if isinstance(layer, nn.Linear):
                 bound = 1 / math.sqrt(layer.in_features)
                 for parameter in (layer.weight, layer.bias):
-                    drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                    drawn = torch.empty(parameter.shape, device="cpu").uniform_(
+                        -bound, bound, generator=generator
+                    )
                     parameter.copy_(drawn)
 
     def forward(self, features_IVC: Tensor) -> Tensor:

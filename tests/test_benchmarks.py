@@ -1,0 +1,51 @@
+"""The benchmarks of the train step run, and compare the same thing; how fast they are is no test."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from morebench.config.compose import ROOT, save_config
+from morebench.config.schema import Step
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize("step", [Step.pretrain, Step.finetune])
+def test_both_sides_of_the_train_step_learn_alike(step: Step, cell_folder: Path) -> None:
+    import train_step
+
+    ours = train_step.run(cell_folder, step, "ours", 1, 2)
+    stock = train_step.run(cell_folder, step, "stock", 1, 2)
+    assert ours["supervised"] == stock["supervised"]
+    assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-5)
+    assert len(ours["seconds"]) == len(stock["seconds"]) == 3
+    assert ours["losses"][0] != ours["losses"][-1]
+
+
+@pytest.fixture(scope="module")
+def cell_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it; the extra `dev` installs it")
+    from train_step_cell import QUICK, make_cell
+
+    root = tmp_path_factory.mktemp("cell")
+    config = make_cell(root, replace(QUICK, vocabulary=512), steps=3)
+    save_config(config, root / "config.yaml")
+    return root
+
+
+def test_step_at_true_shapes_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import gpu_step
+
+    options = ["--tiny", "--device", "cpu", "--steps", "1", "--tokens", "128", "trainer.threads=1"]
+    monkeypatch.setattr(sys, "argv", ["gpu_step.py", *options, "--profile", str(tmp_path / "table")])
+    gpu_step.main()
+    out = capsys.readouterr().out
+    assert out.count("  ours: ") == len(gpu_step.CASES)
+    assert out.count("  transformers, 32 samples at a time: ") == len(gpu_step.CASES) - 1
+    assert out.count("LLM forward ") == out.count(", backward ") == len(gpu_step.CASES)
+    assert "relative error 0.0e+00, of gradients 0.0e+00" in out
+    assert all("aten::mm" in (tmp_path / f"table.{name}.txt").read_text() for name in gpu_step.CASES)
