@@ -202,6 +202,7 @@ def _config(root: Path, family: str) -> Config:
             checkpoint_every_n_minutes=60,
             hang_timeout_minutes=5,
             gpu=None,
+            usd_per_gpu_hour=None,
             evaluate_batch_size=8,
         ),
         tracking=Tracking(uri=None, experiment="test"),
