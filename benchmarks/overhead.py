@@ -72,7 +72,7 @@ def report(pairs: list[tuple[tuple[float, float], tuple[float, float]]], steps: 
         print(f"{name}: step {off_step:.4f} s without, ratio {ratio:.4f}; + {1000 * cost:.2f} ms a step,")
         print(f"  {cost:.2%} of a step of 1 s{verdict}; single pairs {[f'{1000 * x:.1f}' for x in extra]} ms")
     wall = sum(on[0] for on, _ in pairs)
-    print(f"shipping goes by time, not by steps: {parts[SHIPPING] / wall:.2%} of a core, in its own thread")
+    print(f"shipping goes by time, not by steps: {parts[SHIPPING] / wall:.2%} of one core, in its thread")
     print("of which, in ms a step:")
     for name, seconds in parts.most_common():
         print(f"  {name}: {1000 * seconds / steps / len(pairs):.3f}")
