@@ -58,13 +58,14 @@ def test_recompute_saves_what_is_estimated(family: str, recomputed: int) -> None
 
 @pytest.fixture
 def more_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(LLM_SHAPES, "llama", LLM_SHAPES["llama"] | {"num_hidden_layers": 4})
+    monkeypatch.setitem(LLM_SHAPES, "llama", LLM_SHAPES["llama"] | {"num_hidden_layers": 3})
     torch.compiler.reset()
     counters.clear()
     yield
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("more_blocks")
 def test_compiled_blocks_are_compiled_for_the_first_two_batches_alone() -> None:
     """Attention stays outside, so borders, of which every batch has others, are nothing it depends on."""
