@@ -107,7 +107,10 @@ class MLLM(nn.Module):
 
     def _loss_sum(self, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
         head = self.llm.get_output_embeddings()
-        if hidden_SD.device.type == "cpu" and head.weight.dtype is torch.float32 is hidden_SD.dtype:
+        is_fp32 = head.weight.dtype is torch.float32 is hidden_SD.dtype and not torch.is_autocast_enabled(
+            "cpu"
+        )
+        if hidden_SD.device.type == "cpu" and is_fp32:
             cap = getattr(self.llm.config, "final_logit_softcapping", None)
             return loss_sum(hidden_SD, head, cap, targets_S)
         size = max(1, _LOGITS_PER_CHUNK // self.llm.config.vocab_size)
