@@ -121,7 +121,8 @@ class MLLM(nn.Module):
         head = self.llm.get_output_embeddings()
         if self.loss_kernel is LossKernel.liger:
             return liger_loss_sum(hidden_SD, targets_S, head, self._final_softcap())
-        if hidden_SD.device.type == "cpu" and head.weight.dtype is torch.float32 is hidden_SD.dtype:
+        is_fp32 = head.weight.dtype is torch.float32 is hidden_SD.dtype
+        if hidden_SD.device.type == "cpu" and is_fp32 and not torch.is_autocast_enabled("cpu"):
             return loss_sum(hidden_SD, head, self._final_softcap(), targets_S)
         size = max(1, _LOGITS_PER_CHUNK // self.llm.config.vocab_size)
         pieces = list(zip(hidden_SD.split(size), targets_S.split(size), strict=True))
