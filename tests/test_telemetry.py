@@ -16,7 +16,7 @@ from training_processes import finish, run_ranks, start, train_step, train_until
 
 from morebench.config.schema import Config, Part, Step
 from morebench.matrix.mirror_source import MetricsTail, result_metrics
-from morebench.training import clock, run
+from morebench.training import clock, fit
 from morebench.training.clock import StepClock
 from morebench.training.energy import EnergyMeter, _Counter
 from morebench.training.run import train
@@ -92,7 +92,7 @@ def test_mfu_is_there_where_the_peak_is_known(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert device_peak(torch.device("cpu")) is None
-    monkeypatch.setattr(run, "device_peak", lambda device: 1e-3)
+    monkeypatch.setattr(fit, "device_peak", lambda device: 1e-3)
     train(with_recipe(config, max_steps=2), Step.pretrain, tmp_path, {})
     for line in metrics(tmp_path):
         assert line["mfu"] == pytest.approx(line["flops"] / line["step_s"] / 1e9, abs=1e-4)

@@ -15,7 +15,7 @@ from morebench.matrix.sources import Sources
 
 # Raise when a change of the code changes losses, predictions or the order of samples: every run id changes
 # with it. Add a line to CHANGELOG.md that says why.
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 
 CHAIN = (Step.pretrain, Step.finetune, Step.evaluate)
 PARENT = {Step.finetune: Step.pretrain, Step.evaluate: Step.finetune}

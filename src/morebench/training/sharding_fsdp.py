@@ -3,7 +3,7 @@
 A block of the LLM is gathered while it computes. The embedding, the head (tied or not), the final norm and
 the projector form the root group, which stays gathered through forward and backward: the loss computes
 logits chunk by chunk inside the root module's forward. The vision encoder is frozen and small: every rank
-has it whole.
+has it.
 """
 
 import math
@@ -85,7 +85,7 @@ class FullySharded:
 
     def leave_out(self, optimizer: torch.optim.Optimizer, trained: Parameters) -> None:
         for value in trained.values():
-            value.grad = None  # the optimizer passes over what has none
+            value.grad = None
 
     def parameters(self, trained: Parameters) -> dict[str, Fragment]:
         return {name: piece for name, value in trained.items() if (piece := _piece(value)) is not None}
@@ -114,7 +114,7 @@ class FullySharded:
         for name, value in trained.items():
             for key in keys[name]:
                 scalar = state.shapes[key] == ()
-                restored = value.new_zeros(()) if scalar else torch.zeros_like(value)
+                restored = torch.zeros((), device=value.device) if scalar else torch.zeros_like(value)
                 optimizer.state[value][key.removeprefix(f"{name}/")] = restored
                 _read(restored, state, key)
 
