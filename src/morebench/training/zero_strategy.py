@@ -1,0 +1,129 @@
+"""DeepSpeed's ZeRO-2 and ZeRO-3 in Lightning's loop. Imports nothing of DeepSpeed before a run needs it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning_utilities import apply_to_collection
+from torch import Tensor, nn
+
+from morebench.config.schema import Precision, Strategy
+from morebench.errors import ConfigError
+
+# Smaller parameters (norms, biases) are kept whole between steps: gathering them would take longer than
+# computing with them. Elements.
+PERSISTENT = 100_000
+# Gradients are reduced in buckets of so many elements; 800 MB in fp32.
+_BUCKET = 200_000_000
+
+
+def check_installed(strategy: Strategy) -> None:
+    """Raises ConfigError."""
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"trainer.strategy={strategy.name} needs the package deepspeed, which is not installed. Install it "
+            "with: DS_BUILD_OPS=0 pip install 'morebench[deepspeed]'. Or choose trainer=fsdp2, which needs none."
+        )
+
+
+class ZeroPrecision(DeepSpeedPrecision):
+    """What Lightning's does for DeepSpeed, but for two things: batches keep their fp32 numbers, and the
+    hooks before an optimizer step run before optimizer steps only, not at every micro-batch.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        return apply_to_collection(data, function=_as_fp32, dtype=Tensor)
+
+    def optimizer_step(
+        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        closure()
+        engine = model.trainer.model
+        if engine.is_gradient_accumulation_boundary():  # type: ignore[union-attr,operator]
+            self._after_closure(model, optimizer)
+        return engine.step(**kwargs)  # type: ignore[union-attr,operator]  # counts micro-batches too
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """`stage` 2 shards gradients and optimizer state, 3 the parameters too.
+
+    Under bf16 the parameters that compute are bf16, with fp32 masters in the optimizer; gradients are added up
+    and sent in fp32.
+    """
+
+    def __init__(self, stage: int, precision: Precision) -> None:
+        super().__init__(config=_settings(stage, precision))
+        self.stage = stage
+
+    def setup_environment(self) -> None:
+        # Lightning's refuses whatever is no GPU, though DeepSpeed runs on the CPU
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        if self.root_device.type == "cuda":
+            super().setup_distributed()
+            return
+        from deepspeed.ops import __compatible_ops__  # type: ignore[attr-defined]
+
+        # gloo does all; the kernel for shared memory would be compiled at every first use, for half a minute
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def init_deepspeed(self) -> None:
+        assert isinstance(self.lightning_module, LightningModule)
+        mllm: nn.Module = self.lightning_module.get_submodule("mllm")
+        mllm.get_submodule("vision").to(self.root_device)
+        with _unregistered(mllm, "vision"):
+            super().init_deepspeed()
+
+
+@contextmanager
+def _unregistered(parent: nn.Module, name: str) -> Iterator[None]:
+    """Out of DeepSpeed's sight. ZeRO-3 would share out the frozen encoder too, and gather it in every
+    forward: for nothing, and ranks whose bins have no image would leave the others waiting.
+    """
+    child = parent._modules.pop(name)
+    order = list(parent._modules)
+    object.__setattr__(parent, name, child)
+    try:
+        yield
+    finally:
+        object.__delattr__(parent, name)
+        parent._modules[name] = child
+        for other in order:
+            parent._modules[other] = parent._modules.pop(other)
+
+
+def _settings(stage: int, precision: Precision) -> dict[str, Any]:
+    shared = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+        "reduce_scatter": True,
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+    }
+    third = {
+        "stage3_param_persistence_threshold": PERSISTENT,
+        "memory_efficient_linear": False,  # replaces torch's linear for the whole process
+    }
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # only for its own counters
+        "gradient_clipping": 0.0,  # ours comes first
+        "zero_allow_untested_optimizer": True,  # torch's AdamW, for the same maths as elsewhere
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": shared | (third if stage == 3 else {}),
+        "bf16": {"enabled": precision is Precision.bf16},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def _as_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
