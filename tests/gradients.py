@@ -9,6 +9,7 @@ from factories_training import GLOBAL_BATCH, with_recipe, with_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
@@ -29,7 +30,12 @@ class Recorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         assert isinstance(pl_module, StageModule)
-        self.gradients = {name: value.grad.clone() for name, value in pl_module.trained().items()}
+        self.gradients = {name: _whole(value.grad) for name, value in pl_module.trained().items()}
+
+
+def _whole(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 
 
 def one_step(config: Config) -> Config:

@@ -1,7 +1,7 @@
 """Causal language models of transformers, loaded from local safetensors only."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from morebench.config.compose import load_shape
 from morebench.config.schema import LLM
 from morebench.errors import ConfigError, WeightsError, join_problems
 from morebench.models.attention import VARLEN
+from morebench.models.stored import StoredTensors, parameters_on_meta, weight_files
 from morebench.models.vision_names import unknown
 from morebench.models.weights import is_lfs_pointer
 
@@ -30,6 +31,8 @@ _WITHOUT_EFFECT = {"initializer_range", "use_cache", "pretraining_tp", "rope_the
 _WITHOUT_EFFECT |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
 # Fields that transformers folds into `rope_parameters`, whatever a published config.json calls them.
 _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+# Old Llama files hold them; they are computed.
+_ROTARY_TABLE = "rotary_emb.inv_freq"
 
 
 def llm_config(shape: Mapping[str, Any]) -> PretrainedConfig:
@@ -55,19 +58,9 @@ def load_llm(config: LLM, folder: Path | None, dtype: torch.dtype) -> PreTrained
     Raises ConfigError for a shape that nothing can be built from, WeightsError if the folder's config.json
     differs from the shape, or its tensors are not those of the LLM.
     """
-    expected = llm_config(load_shape(config.shape))
     if folder is None:
-        try:
-            llm = AutoModelForCausalLM.from_config(expected, dtype=dtype, attn_implementation=VARLEN)
-        except Exception as error:  # as above
-            raise ConfigError(f"No LLM can be built from llm.shape: {_last_line(error)}") from error
-        return _without_padding(llm)
-    check_config(
-        load_shape(config.shape),
-        folder,
-        f"conf/shapes/{config.shape}" if isinstance(config.shape, str) else "llm.shape",
-    )
-    check_files(folder)
+        return _random_llm(config, dtype)
+    _check_folder(config, folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -81,17 +74,62 @@ def load_llm(config: LLM, folder: Path | None, dtype: torch.dtype) -> PreTrained
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise WeightsError(f"The weights in {folder} cannot be read: {_last_line(error)}") from error
     llm, report = loaded
-    problems = [f"{key}: missing" for key in sorted(report["missing_keys"])]
-    problems += [f"{key}: in the files, but the LLM has no place for it" for key in report["unexpected_keys"]]
+    _check_keys(folder, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
+    return _without_padding(llm)
+
+
+def unread_llm(config: LLM, path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, StoredTensors]:
+    """The LLM without values, its parameters on the meta device, and where the values are, by its names.
+
+    So a model larger than a device can be sharded before any of it is read. `path`: a folder of starting
+    weights, or a file that `save_parts` wrote. Raises what `load_llm` does; a head tied to the embeddings
+    must not lie in the files a second time.
+    """
+    if path.is_dir():
+        _check_folder(config, path)
+    with parameters_on_meta():
+        llm = _random_llm(config, dtype)
+    stored = StoredTensors(weight_files(path) if path.is_dir() else [path])
+    wanted = {name: tuple(value.shape) for name, value in llm.named_parameters()}
+    found = {name: shape for name, shape in stored.shapes.items() if not name.endswith(_ROTARY_TABLE)}
+    different = [
+        (name, found[name], wanted[name])
+        for name in wanted.keys() & found.keys()
+        if wanted[name] != found[name]
+    ]
+    _check_keys(path, wanted.keys() - found.keys(), found.keys() - wanted.keys(), different)
+    return llm, stored
+
+
+def _random_llm(config: LLM, dtype: torch.dtype) -> PreTrainedModel:
+    expected = llm_config(load_shape(config.shape))
+    try:
+        llm = AutoModelForCausalLM.from_config(expected, dtype=dtype, attn_implementation=VARLEN)
+    except Exception as error:  # as above
+        raise ConfigError(f"No LLM can be built from llm.shape: {_last_line(error)}") from error
+    return _without_padding(llm)
+
+
+def _check_folder(config: LLM, folder: Path) -> None:
+    where = f"conf/shapes/{config.shape}" if isinstance(config.shape, str) else "llm.shape"
+    check_config(load_shape(config.shape), folder, where)
+    check_files(folder)
+
+
+def _check_keys(
+    path: Path,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+) -> None:
+    problems = [f"{key}: missing" for key in sorted(missing)]
+    problems += [f"{key}: in the files, but the LLM has no place for it" for key in sorted(unexpected)]
     problems += [
         f"{key}: {list(found)} in the files, {list(wanted)} in the LLM"
-        for key, found, wanted in sorted(report["mismatched_keys"])
+        for key, found, wanted in sorted(mismatched)
     ]
     if problems:
-        raise WeightsError(
-            join_problems([f"The weights in {folder} do not fit their config.json:", *problems])
-        )
-    return _without_padding(llm)
+        raise WeightsError(join_problems([f"The weights in {path} do not fit their config.json:", *problems]))
 
 
 def check_files(folder: Path) -> None:

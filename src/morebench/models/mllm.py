@@ -10,6 +10,7 @@ from morebench.data.batch import Batch
 from morebench.models.features import encode, from_8bit
 from morebench.models.normalise import Normalise
 from morebench.models.projector import MLPProjector
+from morebench.models.stored import Pieces
 from morebench.models.vision import VisionEncoder
 
 # Logits held at once: 1 GiB in fp32.
@@ -32,6 +33,7 @@ class MLLM(nn.Module):
         projector: MLPProjector,
         llm: PreTrainedModel,
         visual_scale: float = 1.0,
+        unread: Pieces | None = None,
     ) -> None:
         super().__init__()
         self.normalise = normalise
@@ -39,6 +41,7 @@ class MLLM(nn.Module):
         self.projector = projector
         self.llm = llm
         self.visual_scale = visual_scale
+        self.unread = unread  # the LLM's values, while its parameters are on the meta device
 
     def train(self, mode: bool = True) -> "MLLM":
         super().train(mode)
@@ -47,10 +50,8 @@ class MLLM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss summed over the batch's targets, fp32. The caller divides by `batch.num_supervised`."""
-        embeds_TD, weightless = self._embed_batch(batch)
-        empty = len(embeds_TD) == 0
-        if empty:
-            embeds_TD = self.llm.get_input_embeddings()(batch.input_ids.new_zeros(1))
+        empty = len(batch.input_ids) == 0
+        embeds_TD = self._embed_batch(batch, batch.input_ids.new_zeros(1) if empty else batch.input_ids)
         hidden_TD = self.llm.base_model(
             inputs_embeds=embeds_TD[None],
             position_ids=batch.position_ids.new_zeros(1, 1) if empty else batch.position_ids[None],
@@ -58,8 +59,8 @@ class MLLM(nn.Module):
             cu_seqlens=[0, 1] if empty else batch.cu_seqlens.tolist(),
         ).last_hidden_state[0]
         if len(batch.targets) == 0:
-            return 0.0 * (self._loss_sum(hidden_TD[:1], batch.targets.new_zeros(1)) + weightless)
-        return self._loss_sum(hidden_TD[batch.target_positions], batch.targets) + weightless
+            return 0.0 * self._loss_sum(hidden_TD[:1], batch.targets.new_zeros(1))
+        return self._loss_sum(hidden_TD[batch.target_positions], batch.targets)
 
     def encode_images(self, pixels_IHW3: Tensor) -> Tensor:
         """uint8 -> visual tokens `[I, V, D]`, ready for `embed`."""
@@ -86,14 +87,15 @@ class MLLM(nn.Module):
         cap = getattr(self.llm.config, "final_logit_softcapping", None)
         return logits_SZ if cap is None else torch.tanh(logits_SZ / cap) * cap
 
-    def _embed_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The embeddings, and a zero that carries the projector's gradient path when no image does."""
+    def _embed_batch(self, batch: Batch, input_ids_T: Tensor) -> Tensor:
+        """-> `[T, D]`; the projector takes part, with weight zero where no image is."""
         visual_IVD = self._visual(batch)
         if visual_IVD is not None:
-            return self.embed(batch.input_ids, batch.visual_positions, visual_IVD), visual_IVD.new_zeros(())
-        embeds_TD = self.llm.get_input_embeddings()(batch.input_ids)
+            return self.embed(input_ids_T, batch.visual_positions, visual_IVD)
+        embeds_TD = self.llm.get_input_embeddings()(input_ids_T)
         feature_1C = torch.zeros(1, self.projector.vision_dim, device=embeds_TD.device)
-        return embeds_TD, 0.0 * self.projector(feature_1C.to(self._projector_dtype())).sum().float()
+        # into the LLM, not past it: backward gathers sharded blocks, frozen too, on every rank or on none
+        return embeds_TD + 0.0 * self.projector(feature_1C.to(self._projector_dtype())).sum()
 
     def _visual(self, batch: Batch) -> Tensor | None:
         if len(batch.pixel_values) > 0:

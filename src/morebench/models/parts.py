@@ -15,7 +15,7 @@ from morebench.config.schema import Config, Part, Precision, VisualScale
 from morebench.config.visual import vision_problems
 from morebench.errors import ConfigError, WeightsError, join_problems
 from morebench.models.features import AbsentEncoder
-from morebench.models.llm import load_llm
+from morebench.models.llm import load_llm, unread_llm
 from morebench.models.mllm import MLLM
 from morebench.models.multiscale import MultiScale
 from morebench.models.normalise import Normalise
@@ -29,12 +29,14 @@ def build_mllm(
     precision: Precision,
     trainable: Collection[Part] = (),
     with_vision: bool = True,
+    llm_unread: bool = False,
 ) -> MLLM:
     """The cell's model, with everything but `trainable` frozen.
 
     `weights` of a part: a folder of starting weights, a file that `save_parts` wrote, or None (the
     projector's seeded start; random weights of the shape otherwise). Trained parts are fp32; frozen ones are
-    bf16 if `precision` is. Without vision, features come from a cache.
+    bf16 if `precision` is. Without vision, features come from a cache. `llm_unread` leaves the LLM's
+    parameters on the meta device, with `MLLM.unread` to fill them from, for strategies that shard it first.
     """
     folders = {part: path if path is not None and path.is_dir() else None for part, path in weights.items()}
 
@@ -42,18 +44,26 @@ def build_mllm(
         return torch.float32 if part in trainable or precision is Precision.fp32 else torch.bfloat16
 
     encoder = build_encoder(config, folders.get(Part.vision)) if with_vision else _absent_encoder(config)
-    llm = load_llm(config.llm, folders.get(Part.llm), dtype(Part.llm))
+    unread = None
+    if llm_unread:
+        path = weights.get(Part.llm)
+        assert path is not None
+        llm, unread = unread_llm(config.llm, path, dtype(Part.llm))
+    else:
+        llm = load_llm(config.llm, folders.get(Part.llm), dtype(Part.llm))
     llm_dim: int = llm.config.hidden_size
     projector = MLPProjector(encoder.feature_dim, llm_dim, config.projector.depth)
     projector.initialise(config.seed)
     scaled = config.llm.visual_scale is VisualScale.sqrt_hidden
     scale = math.sqrt(llm_dim) if scaled else 1.0
-    mllm = MLLM(Normalise(config.vision.image), encoder, projector, llm, scale)
+    mllm = MLLM(Normalise(config.vision.image), encoder, projector, llm, scale, unread)
+    skipped = {Part.vision: not with_vision, Part.llm: llm_unread}
     for part in Part:
         path = weights.get(part)
-        if path is not None and not path.is_dir() and (with_vision or part is not Part.vision):
+        if path is not None and not path.is_dir() and not skipped.get(part):
             load_part(mllm, part, path)
-        module(mllm, part).to(dtype(part))
+        if part is not Part.llm:  # built in its dtype; rotary tables stay fp32
+            module(mllm, part).to(dtype(part))
     freeze_all_but(mllm, trainable)
     return mllm
 
@@ -89,13 +99,19 @@ def freeze_all_but(mllm: MLLM, parts: Collection[Part]) -> None:
         module(mllm, part).requires_grad_(part in parts)
 
 
-def save_parts(mllm: MLLM, parts: Collection[Part], folder: Path) -> list[Path]:
-    """Write `<folder>/<part>.safetensors` each, a tied head once; aside first, then renamed."""
+def save_parts(
+    mllm: MLLM, parts: Collection[Part], folder: Path, gathered: Mapping[str, Tensor] | None = None
+) -> list[Path]:
+    """Write `<folder>/<part>.safetensors` each, a tied head once; aside first, then renamed.
+
+    `gathered`: whole parameters by their name in the MLLM, where it holds only pieces of them itself.
+    """
+    values = gathered or {}
     written = []
     for part in parts:
         tied = tied_copies(module(mllm, part))
         state = {
-            key: tensor.detach().cpu().contiguous()
+            key: values.get(f"{part.name}.{key}", tensor).detach().cpu().contiguous()
             for key, tensor in module(mllm, part).state_dict().items()
             if key not in tied
         }

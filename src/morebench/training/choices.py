@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from morebench.config.schema import Config, Features, Trainer
+from morebench.config.schema import Config, Features, Strategy, Trainer
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Machine:
     micro_batch_tokens: int  # as found from memory where the config leaves it open
     asked_threads: int | None
     features: str = Features.computed.name  # checkpoints that do not say computed theirs
+    sharding: str = "replicated"  # or a strategy that shards; it orders sums in its own way
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,14 @@ class Choices:
 
 def this_machine(config: Config, device: str, world_size: int) -> Machine:
     trainer = config.trainer
+    replicated = trainer.strategy in (Strategy.auto, Strategy.ddp)
     return Machine(
-        device, world_size, trainer.micro_batch_tokens or 16384, trainer.threads, config.features.name
+        device,
+        world_size,
+        trainer.micro_batch_tokens or 16384,
+        trainer.threads,
+        config.features.name,
+        "replicated" if replicated else trainer.strategy.name,
     )
 
 

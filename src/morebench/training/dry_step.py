@@ -35,6 +35,9 @@ class DryStep(Callback):
             torch.cuda.reset_peak_memory_stats(device)
         started = time.monotonic()
         fits = self._try(trainer, pl_module, batch)
+        if not fits and pl_module.sharding.waits_inside:
+            # the others may stand in the middle of it: only the end of this process reaches them
+            raise RunError(self._too_large(batch, device))
         if trainer.world_size > 1:  # or those it fits would wait for the others
             agreed = torch.tensor(int(fits), device=device)
             torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN)
@@ -53,7 +56,8 @@ class DryStep(Callback):
                 on_device = trainer.strategy.batch_to_device(batch, module.device)
                 with trainer.precision_plugin.train_step_context():
                     loss = module.mllm(on_device)
-                # past DDP's wrapper: only its forward arms the reducing of gradients; no rank is waited for
+                # past DDP's wrapper: only its forward arms the reducing of gradients; no rank is waited for.
+                # Sharded modules gather and reduce by themselves, on all ranks alike
                 loss.backward()
                 if module.device.type == "cuda":
                     torch.cuda.synchronize(module.device)

@@ -1,9 +1,11 @@
 """Pieces of tensors: what a checkpoint is made of, whatever the strategy and the number of ranks."""
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+import math
+from typing import NamedTuple
 
 from torch import Tensor
+
+from morebench.models.stored import Pieces as Pieces
 
 
 class Fragment(NamedTuple):
@@ -18,23 +20,10 @@ class Fragment(NamedTuple):
     shape: tuple[int, ...]  # of the whole
 
 
-class Pieces(Protocol):
-    """A stored set of named tensors, of which any part can be read."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """1-D, on the CPU: elements [start, stop) of the flattened tensor."""
-
-
 def whole(tensor: Tensor) -> Fragment:
     return Fragment(tensor.detach().flatten(), 0, tuple(tensor.shape))
 
 
 def read_whole(pieces: Pieces, name: str) -> Tensor:
     shape = pieces.shapes[name]
-    count = 1
-    for size in shape:
-        count *= size
-    return pieces.read(name, 0, count).view(shape)
+    return pieces.read(name, 0, math.prod(shape)).view(shape)

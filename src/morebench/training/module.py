@@ -11,6 +11,7 @@ from morebench.config import schema
 from morebench.data.batch import Batch
 from morebench.data.records import Sample
 from morebench.errors import NonFiniteError
+from morebench.models.mllm import MLLM
 from morebench.training.schedule import cosine_with_warmup, num_warmup_steps
 from morebench.training.sharding import Sharding
 from morebench.training.signals import StopRequest
@@ -37,7 +38,7 @@ class StageModule(LightningModule):
 
     def __init__(
         self,
-        mllm: nn.Module,
+        mllm: MLLM,
         recipe: schema.TrainRecipe,
         *,
         num_steps: int,
@@ -60,6 +61,9 @@ class StageModule(LightningModule):
     def trained(self) -> dict[str, nn.Parameter]:
         """Parameters the optimizer holds, in its order; tied weights once."""
         return {name: value for name, value in self.mllm.named_parameters() if value.requires_grad}
+
+    def configure_model(self) -> None:
+        self.sharding.place(self.mllm, self.recipe.precision)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         facts = self.recipe.optimizer

@@ -118,16 +118,20 @@ def restore_optimizer(
 
 def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Raises RunError when names or shapes differ."""
+    check_shapes(parameters, {name: tuple(value.shape) for name, value in tensors.items()})
+    with torch.no_grad():
+        for name, value in tensors.items():
+            parameters[name].copy_(value)
+
+
+def check_shapes(parameters: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises RunError when names or shapes differ."""
     expected = {name: tuple(value.shape) for name, value in parameters.items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
         different = sorted(
             name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
         )
         raise misfit(f"names or shapes differ at {different[:5]}")
-    with torch.no_grad():
-        for name, value in tensors.items():
-            parameters[name].copy_(value)
 
 
 def misfit(reason: str) -> RunError:

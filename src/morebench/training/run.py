@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from morebench.config.compose import ROOT
 from morebench.config.schema import Config, Step
@@ -66,8 +67,9 @@ def train(config: Config, step: Step, folder: Path, parents: Mapping[Step, Path]
         if stop.signal_name is not None:
             raise Interrupted(f"{stop.signal_name} asked to stop before the first optimizer step.")
         saver = _fit(stage, trainer, choices, checkpoint, stop, step.name, folder, started)
+        parameters = _gather(stage, trainer)
     if trainer.is_global_zero:
-        _finish(stage, folder, saver, choices)
+        _finish(stage, parameters, folder, saver, choices)
 
 
 def _choose(stage: Stage, trainer: LightningTrainer, checkpoint: Checkpoint | None) -> tuple[Choices, bool]:
@@ -170,12 +172,21 @@ def _fit(
     return saver
 
 
-def _finish(stage: Stage, folder: Path, saver: Saver, choices: Choices) -> None:
+def _gather(stage: Stage, trainer: LightningTrainer) -> dict[str, Tensor]:
+    """All trained parameters in full, on the first rank."""
+    trained = {name: value for name, value in stage.mllm.named_parameters() if value.requires_grad}
+    gathered = sharding_of(trainer).gather(trained)
+    return {name: value for name, value in gathered if trainer.is_global_zero}
+
+
+def _finish(
+    stage: Stage, parameters: Mapping[str, Tensor], folder: Path, saver: Saver, choices: Choices
+) -> None:
     """Parts, then their hashes in the manifest, then the checkpoints go: a kill in between loses nothing."""
     for leftover in folder.glob("*.safetensors.tmp-*"):
         leftover.unlink()
     with disk_full_named(folder):
-        written = save_parts(stage.mllm, stage.recipe.trainable, folder)
+        written = save_parts(stage.mllm, stage.recipe.trainable, folder, parameters)
         sync(folder)
     seconds = saver.seconds()
     on_gpu = choices.machine.device == "cuda"

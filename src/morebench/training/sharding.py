@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from morebench.config.schema import Precision
+from morebench.models.mllm import MLLM
 from morebench.training.fragments import Fragment, Pieces, read_whole, whole
 from morebench.training.resume import restore_optimizer, restore_parameters
 
@@ -19,6 +21,13 @@ Parameters = Mapping[
 
 class Sharding(Protocol):
     """Every method is called on all ranks at the same time, so that it may communicate."""
+
+    @property
+    def waits_inside(self) -> bool:
+        """Whether ranks wait for each other inside forward and backward of a micro-batch."""
+
+    def place(self, mllm: MLLM, precision: Precision) -> None:
+        """Before there is an optimizer: shard in place and fill what is unread. Replicas need nothing."""
 
     @property
     def loss_factor(self) -> float:
@@ -55,6 +64,13 @@ class Replicated:
     def __init__(self, trainer: Trainer, mean_over_ranks: bool) -> None:
         self._trainer = trainer
         self._mean_over_ranks = mean_over_ranks  # DDP's reduction, undone in the loss
+
+    @property
+    def waits_inside(self) -> bool:
+        return False  # DDP's wrapper alone does, and only in backward
+
+    def place(self, mllm: MLLM, precision: Precision) -> None:
+        pass
 
     @property
     def loss_factor(self) -> float:

@@ -28,6 +28,7 @@ from morebench.models.rope import check_max_length
 from morebench.models.weights import folder_hash, starting_weights
 from morebench.training.features import open_features
 from morebench.training.files import sha256
+from morebench.training.strategy import creates_sharded
 
 _BYTES_PER_PIXEL = 6  # as the workers make them, and in the encoder's bf16
 
@@ -176,7 +177,14 @@ def make_stage(
         weights=weights,
         tokenizer=tokenizer,
         chat=_chat_format(config, step),
-        mllm=build_mllm(config, weights, recipe.precision, recipe.trainable, with_vision=features is None),
+        mllm=build_mllm(
+            config,
+            weights,
+            recipe.precision,
+            recipe.trainable,
+            with_vision=features is None,
+            llm_unread=creates_sharded(config.trainer),
+        ),
         features=features,
     )
 

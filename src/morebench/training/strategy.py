@@ -1,4 +1,4 @@
-"""Lightning's Trainer for the machine at hand, and the one factor that differs between its strategies."""
+"""Lightning's Trainer for the machine at hand, and how its strategy shards."""
 
 import logging
 import warnings
@@ -10,12 +10,14 @@ import torch
 import torch.utils.deterministic as determinism
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import Strategy as LightningStrategy
 from transformers.utils import logging as transformers_logging
 
 from morebench.config.schema import Precision, Strategy, Trainer, TrainRecipe
 from morebench.errors import ConfigError
 from morebench.training.sharding import Replicated, Sharding
+from morebench.training.sharding_fsdp import FullySharded
 
 _PRECISION: dict[Precision, Any] = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed"}
 
@@ -23,22 +25,35 @@ _PRECISION: dict[Precision, Any] = {Precision.fp32: "32-true", Precision.bf16: "
 def make_trainer(machine: Trainer, recipe: TrainRecipe) -> LightningTrainer:
     """Bare: checkpoints, logs and progress are ours. One epoch: the loader holds the missing steps."""
     devices = num_devices(machine)
-    if machine.strategy not in (Strategy.auto, Strategy.ddp):
-        raise ConfigError(f"trainer.strategy={machine.strategy.name} is not there yet.")
-    ddp = machine.strategy is Strategy.ddp or devices * machine.num_nodes > 1
     return LightningTrainer(
         barebones=True,
         accelerator=machine.accelerator,
         devices=devices,
         num_nodes=machine.num_nodes,
-        # buffers are constants (rotary tables): broadcasting them each step would only cost
-        strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if ddp else "auto",
-        precision=_PRECISION[recipe.precision],
+        strategy=_strategy(machine, devices * machine.num_nodes),
+        # FSDP2 casts the weights itself; autocast would do it again
+        precision="32-true" if machine.strategy is Strategy.fsdp2 else _PRECISION[recipe.precision],
         max_epochs=1,
         use_distributed_sampler=False,
         # Lightning would requeue on USR1 and raise between two micro-batches
         plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
     )
+
+
+def _strategy(machine: Trainer, world_size: int) -> LightningStrategy | str:
+    if machine.strategy is Strategy.fsdp2:
+        return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    if machine.strategy is Strategy.ddp or (machine.strategy is Strategy.auto and world_size > 1):
+        # buffers are constants (rotary tables): broadcasting them each step would only cost
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    if machine.strategy is Strategy.auto:
+        return "auto"
+    raise ConfigError(f"trainer.strategy={machine.strategy.name} is not there yet.")
+
+
+def creates_sharded(machine: Trainer) -> bool:
+    """Whether no rank ever holds the whole LLM."""
+    return machine.strategy in (Strategy.fsdp2, Strategy.zero3)
 
 
 def num_devices(machine: Trainer) -> int:
@@ -53,6 +68,8 @@ def sharding_of(trainer: LightningTrainer) -> Sharding:
         return Replicated(trainer, mean_over_ranks=False)
     if isinstance(trainer.strategy, DDPStrategy):
         return Replicated(trainer, mean_over_ranks=True)
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        return FullySharded(trainer)
     raise ConfigError(f"Nothing is known about sharding under {type(trainer.strategy).__name__}.")
 
 
