@@ -1,16 +1,16 @@
 """DeepSpeed's ZeRO-2 and ZeRO-3 in Lightning's loop. Imports nothing of DeepSpeed before a run needs it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from lightning_utilities import apply_to_collection
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
 
 from morebench.config.schema import Precision, Strategy
 from morebench.errors import ConfigError
@@ -37,7 +37,7 @@ class ZeroPrecision(DeepSpeedPrecision):
     """
 
     def convert_input(self, data: Any) -> Any:
-        return apply_to_collection(data, function=_as_fp32, dtype=Tensor)
+        return data
 
     def optimizer_step(
         self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
@@ -46,7 +46,8 @@ class ZeroPrecision(DeepSpeedPrecision):
         engine = model.trainer.model
         if engine.is_gradient_accumulation_boundary():  # type: ignore[union-attr,operator]
             self._after_closure(model, optimizer)
-        return engine.step(**kwargs)  # type: ignore[union-attr,operator]  # counts micro-batches too
+        with encoder_hidden(model):
+            return engine.step(**kwargs)  # type: ignore[union-attr,operator]  # counts micro-batches too
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -59,6 +60,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def __init__(self, stage: int, precision: Precision) -> None:
         super().__init__(config=_settings(stage, precision))
         self.stage = stage
+        self.when_set_up: Callable[[], None] | None = None  # called once the optimizer is DeepSpeed's
 
     def setup_environment(self) -> None:
         # Lightning's refuses whatever is no GPU, though DeepSpeed runs on the CPU
@@ -75,29 +77,48 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
+    def model_sharded_context(self) -> AbstractContextManager[None]:
+        return nullcontext()  # modules are sharded by Zero.place, not as they are made
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[Any, Any]:
+        # Lightning's passes a number of a device that the CPU does not have; without it LOCAL_RANK counts
+        import deepspeed
+
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=[value for value in model.parameters() if value.requires_grad],
+            config=self.config,
+            dist_init_required=False,
+        )
+        return engine, wrapped
+
     def init_deepspeed(self) -> None:
-        assert isinstance(self.lightning_module, LightningModule)
-        mllm: nn.Module = self.lightning_module.get_submodule("mllm")
-        mllm.get_submodule("vision").to(self.root_device)
-        with _unregistered(mllm, "vision"):
+        assert self.lightning_module is not None
+        self.lightning_module.get_submodule("mllm.vision").to(self.root_device)
+        with encoder_hidden(self.lightning_module):
             super().init_deepspeed()
+        if self.when_set_up is not None:
+            self.when_set_up()
+            self.when_set_up = None
 
 
 @contextmanager
-def _unregistered(parent: nn.Module, name: str) -> Iterator[None]:
-    """Out of DeepSpeed's sight. ZeRO-3 would share out the frozen encoder too, and gather it in every
-    forward: for nothing, and ranks whose bins have no image would leave the others waiting.
+def encoder_hidden(module: nn.Module) -> Iterator[None]:
+    """Out of DeepSpeed's sight, wherever it walks over all parameters. ZeRO-3 would share out the frozen
+    encoder too, and gather it in every forward: for nothing, and ranks whose bins have no image would leave
+    the others waiting.
     """
-    child = parent._modules.pop(name)
-    order = list(parent._modules)
-    object.__setattr__(parent, name, child)
+    mllm = module.get_submodule("mllm")
+    children = dict(mllm._modules)
+    del mllm._modules["vision"]
     try:
         yield
     finally:
-        object.__delattr__(parent, name)
-        parent._modules[name] = child
-        for other in order:
-            parent._modules[other] = parent._modules.pop(other)
+        mllm._modules.clear()
+        mllm._modules.update(children)
 
 
 def _settings(stage: int, precision: Precision) -> dict[str, Any]:
@@ -123,7 +144,3 @@ def _settings(stage: int, precision: Precision) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
     }
-
-
-def _as_fp32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
