@@ -37,7 +37,12 @@ def _whole(parameter: nn.Parameter) -> Tensor:
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_grad
 
-        return safe_get_full_grad(parameter).detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
+        return (
+            safe_get_full_grad(parameter)
+            .detach()
+            .clone()
+            .view(getattr(parameter, "ds_shape", parameter.shape))
+        )
     gradient = parameter.grad
     assert gradient is not None
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()

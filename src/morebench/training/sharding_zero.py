@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from morebench.config.schema import Part, Precision
+from morebench.data.batch import Batch
 from morebench.models.mllm import MLLM
 from morebench.models.parts import module
 from morebench.models.stored import Pieces
@@ -129,6 +130,15 @@ class Zero:
             torch.distributed.all_reduce(full)  # of one number and zeros
             yield name, full.view(_shape(value)).cpu()
 
+    def rehearse(self, batch: Batch) -> None:
+        """A micro-batch forward and backward, beside what AdamW's first step adds; it leaves no gradient."""
+        flats = [flat for group in self._flats() for flat in 2 * [group] if flat not in self._adam.state]
+        held = [torch.empty_like(flat) for flat in flats]
+        engine: Any = self._strategy.model
+        engine.backward(engine(batch), scale_wrt_gas=False)
+        del held
+        self.discard_gradients()
+
     def discard_gradients(self) -> None:
         """As if no micro-batch of this optimizer step had run yet."""
         optimizer = self._optimizer
@@ -137,8 +147,8 @@ class Zero:
             optimizer.grad_partitions_flat_buffer.zero_()
             optimizer.averaged_gradients = {}
         else:
-            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
-            optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
+            for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+                kept.update(dict.fromkeys(kept))  # the pieces of the parameters refer to the first
             optimizer.micro_step_id = -1
 
     @property
@@ -150,14 +160,20 @@ class Zero:
     def _adam(self) -> torch.optim.Optimizer:
         return self._optimizer.optimizer
 
+    def _flats(self) -> list[Tensor]:
+        """The fp32 tensors that the optimizer of this rank works on."""
+        if self._strategy.stage == 3:
+            return self._optimizer.fp32_partitioned_groups_flat
+        return self._optimizer.single_partition_of_fp32_groups
+
     def _piece(self, value: nn.Parameter) -> _Piece:
         optimizer, parameter = self._optimizer, _untyped(value)
         if self._strategy.stage == 3:
             group, offset, size = optimizer.grad_position[optimizer.get_param_id(value)]
             start = min(size * self._trainer.global_rank, parameter.ds_numel)
             count = min(size, parameter.ds_numel - start)  # the last piece may be filled up with zeros
-            return _Piece(start, count, optimizer.fp32_partitioned_groups_flat[group], offset)
-        (flat,) = optimizer.single_partition_of_fp32_groups
+            return _Piece(start, count, self._flats()[group], offset)
+        (flat,) = self._flats()
         mapping = parameter._hp_mapping
         if mapping is None:
             return _Piece(0, 0, flat, 0)
