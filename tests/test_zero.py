@@ -115,7 +115,12 @@ def _everything(config: Config, root: Path) -> None:
         target = root / f"gradients{micro_batches}"
         target.mkdir(exist_ok=True)
         ours_to_file(config, micro_batches, root / "pretrained", target)
-    train(with_trainer(config, micro_batch_tokens=300), Step.pretrain, root / "frozen", {})
+    train(
+        with_trainer(config, micro_batch_tokens=300, checkpoint_every_n_steps=100),
+        Step.pretrain,
+        root / "frozen",
+        {},
+    )
     _run(config, root, "whole", None)
     _run(config, root, "again", root / "whole")
     _run(with_recipe(config, precision=Precision.bf16, max_steps=1), root, "bf16", None)

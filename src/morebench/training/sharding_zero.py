@@ -28,16 +28,16 @@ class _Piece(NamedTuple):
     """Of a parameter, on this rank."""
 
     start: int  # in the flattened parameter
-    count: int  # 0 for a rank that has nothing of it
+    size: int  # 0 for a rank that has nothing of it
     flat: Tensor  # the fp32 tensor of the optimizer that it lies in, beside other parameters' pieces
     offset: int  # in `flat`
 
     def of(self, tensor: Tensor) -> Tensor:
         """The same piece of something laid out like `flat`."""
-        return tensor.detach().narrow(0, self.offset, self.count)
+        return tensor.detach().narrow(0, self.offset, self.size)
 
     def read(self, pieces: Pieces, name: str) -> Tensor:
-        return pieces.read(name, self.start, self.start + self.count)
+        return pieces.read(name, self.start, self.start + self.size)
 
 
 class Zero:
@@ -80,6 +80,10 @@ class Zero:
             if (gradient := self._gradient(value)) is not None:
                 gradient.mul_(factor)
 
+    def leave_out(self, optimizer: torch.optim.Optimizer, trained: Parameters) -> None:
+        self.discard_gradients()
+        self._strategy.leaves_out = True
+
     def parameters(self, trained: Parameters) -> dict[str, Fragment]:
         return {
             name: Fragment(piece.of(piece.flat), piece.start, _shape(value))
@@ -95,7 +99,7 @@ class Zero:
                 if state.shape != piece.flat.shape:  # the number of steps, which all ranks have
                     if self._trainer.is_global_zero:
                         found[f"{name}/{key}"] = whole(state)
-                elif piece.count:
+                elif piece.size:
                     found[f"{name}/{key}"] = Fragment(piece.of(state), piece.start, _shape(value))
         return found
 
@@ -126,7 +130,7 @@ class Zero:
         for name, value in trained.items():
             piece = self._piece(value)
             full = piece.flat.new_zeros(math.prod(_shape(value)))
-            full[piece.start : piece.start + piece.count] = piece.of(piece.flat)
+            full[piece.start : piece.start + piece.size] = piece.of(piece.flat)
             torch.distributed.all_reduce(full)  # of one number and zeros
             yield name, full.view(_shape(value)).cpu()
 
@@ -183,11 +187,11 @@ class Zero:
     def _gradient(self, value: nn.Parameter) -> Tensor | None:
         """The memory of this rank's piece itself, after the last micro-batch of a step."""
         piece, parameter = self._piece(value), _untyped(value)
-        if not piece.count:
+        if not piece.size:
             return None
         if self._strategy.stage == 3:
             local, _ = self._optimizer._get_fp32_grad_state_partition(value, release_swap_buffers=False)
-            return local.narrow(0, 0, piece.count)
+            return local.narrow(0, 0, piece.size)
         return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
     def _publish(self) -> None:
@@ -211,7 +215,7 @@ class Zero:
             piece = self._piece(value)
             target = piece.of(piece.flat)
             if name in exact:
-                target.copy_(exact[name].flatten()[piece.start : piece.start + piece.count])
+                target.copy_(exact[name].flatten()[piece.start : piece.start + piece.size])
             else:
                 assert unread is not None
                 target.copy_(piece.read(unread, name.removeprefix(f"{Part.llm.name}.")))
@@ -236,9 +240,9 @@ def _place_sharded(mllm: MLLM, unread: Pieces, strategy: ZeroStrategy, dtype: to
         for buffered in one.modules():
             for name, buffer in buffered.named_buffers(recurse=False):
                 buffered._buffers[name] = buffer.to(strategy.root_device)
-    # whole from the beginning to the end of the root's forward and backward: the loss takes the head in chunks
-    for ends in {llm.get_input_embeddings().weight, llm.get_output_embeddings().weight}:
-        zero.register_external_parameter(mllm, ends)
+    # whole through the root's forward and backward: the loss takes the head in chunks
+    for end in {mllm.llm.get_input_embeddings().weight, mllm.llm.get_output_embeddings().weight}:
+        zero.register_external_parameter(mllm, end)
 
 
 def _shape(value: nn.Parameter) -> tuple[int, ...]:

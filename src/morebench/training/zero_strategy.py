@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO-2 and ZeRO-3 in Lightning's loop. Imports nothing of DeepSpeed before a run needs it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,8 +26,8 @@ def check_installed(strategy: Strategy) -> None:
     """Raises ConfigError."""
     if find_spec("deepspeed") is None:
         raise ConfigError(
-            f"trainer.strategy={strategy.name} needs the package deepspeed, which is not installed. Install it "
-            "with: DS_BUILD_OPS=0 pip install 'morebench[deepspeed]'. Or choose trainer=fsdp2, which needs none."
+            f"trainer.strategy={strategy.name} needs the package deepspeed, which is not installed. Install "
+            "it with: DS_BUILD_OPS=0 pip install 'morebench[deepspeed]'. Or choose trainer=fsdp2."
         )
 
 
@@ -39,27 +39,33 @@ class ZeroPrecision(DeepSpeedPrecision):
     def convert_input(self, data: Any) -> Any:
         return data
 
-    def optimizer_step(
+    def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         closure()
-        engine = model.trainer.model
-        if engine.is_gradient_accumulation_boundary():  # type: ignore[union-attr,operator]
+        strategy, engine = model.trainer.strategy, _untyped(model.trainer.model)
+        assert isinstance(strategy, ZeroStrategy)
+        if engine.is_gradient_accumulation_boundary():
             self._after_closure(model, optimizer)
+            if strategy.leaves_out:
+                strategy.leaves_out = False
+                engine.micro_steps += 1
+                return None
         with encoder_hidden(model):
-            return engine.step(**kwargs)  # type: ignore[union-attr,operator]  # counts micro-batches too
+            return engine.step(**kwargs)  # it counts micro-batches too
 
 
 class ZeroStrategy(DeepSpeedStrategy):
     """`stage` 2 shards gradients and optimizer state, 3 the parameters too.
 
-    Under bf16 the parameters that compute are bf16, with fp32 masters in the optimizer; gradients are added up
-    and sent in fp32.
+    Under bf16 the parameters that compute are bf16, with fp32 masters in the optimizer; gradients are added
+    up and sent in fp32.
     """
 
     def __init__(self, stage: int, precision: Precision) -> None:
         super().__init__(config=_settings(stage, precision))
         self.stage = stage
+        self.leaves_out = False  # the optimizer step at hand
         self.when_set_up: Callable[[], None] | None = None  # called once the optimizer is DeepSpeed's
 
     def setup_environment(self) -> None:
@@ -70,15 +76,16 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.root_device.type == "cuda":
             super().setup_distributed()
             return
-        from deepspeed.ops import __compatible_ops__  # type: ignore[attr-defined]
+        from deepspeed.ops import __compatible_ops__
 
         # gloo does all; the kernel for shared memory would be compiled at every first use, for half a minute
         __compatible_ops__["deepspeed_shm_comm"] = False
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
-    def model_sharded_context(self) -> AbstractContextManager[None]:
-        return nullcontext()  # modules are sharded by Zero.place, not as they are made
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        yield  # modules are sharded by Zero.place, not as they are made
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
@@ -144,3 +151,7 @@ def _settings(stage: int, precision: Precision) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+def _untyped(value: Any) -> Any:
+    return value
