@@ -88,7 +88,7 @@ class Zero:
         return {
             name: Fragment(piece.of(piece.flat), piece.start, _shape(value))
             for name, value in trained.items()
-            if (piece := self._piece(value)).count
+            if (piece := self._piece(value)).size
         }
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer, trained: Parameters) -> dict[str, Fragment]:
