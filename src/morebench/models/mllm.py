@@ -92,10 +92,11 @@ class MLLM(nn.Module):
         visual_IVD = self._visual(batch)
         if visual_IVD is not None:
             return self.embed(input_ids_T, batch.visual_positions, visual_IVD)
-        embeds_TD = self.llm.get_input_embeddings()(input_ids_T)
-        feature_1C = torch.zeros(1, self.projector.vision_dim, device=embeds_TD.device)
+        # before the embedding, as where there are images: ranks reduce gradients in the order they come
+        feature_1C = torch.zeros(1, self.projector.vision_dim, device=input_ids_T.device)
+        nothing = 0.0 * self.projector(feature_1C.to(self._projector_dtype())).sum()
         # into the LLM, not past it: backward gathers sharded blocks, frozen too, on every rank or on none
-        return embeds_TD + 0.0 * self.projector(feature_1C.to(self._projector_dtype())).sum()
+        return self.llm.get_input_embeddings()(input_ids_T) + nothing
 
     def _visual(self, batch: Batch) -> Tensor | None:
         if len(batch.pixel_values) > 0:

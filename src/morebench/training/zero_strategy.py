@@ -139,6 +139,10 @@ def _settings(stage: int, precision: Precision) -> dict[str, Any]:
     }
     third = {
         "stage3_param_persistence_threshold": PERSISTENT,
+        # Both follow the order of modules in the step before, which differs between ranks: the number of chunks
+        # of the loss does. Ranks that guess differently wait for each other for ever.
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 0,
         "memory_efficient_linear": False,  # replaces torch's linear for the whole process
     }
     return {
