@@ -54,5 +54,5 @@ backbones: $(STAMP) ## write docs/backbones.md again: tokens, widths, parameters
 	  vision=clip,dinov2,dinov2_reg,siglip,siglip2 resolution=native,s2 table=docs/backbones.md
 
 lock: ## resolve requirements.lock again
-	@$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url --universal \
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --extra deepspeed --generate-hashes --no-emit-index-url --universal \
 	  --python-version 3.11 --quiet -o requirements.lock

@@ -10,7 +10,7 @@ import torch
 from factories_training import GLOBAL_BATCH, with_recipe, with_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -33,10 +33,20 @@ class Recorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         assert isinstance(pl_module, StageModule)
-        self.gradients = {name: _whole(value.grad) for name, value in pl_module.trained().items()}
+        self.gradients = {name: _whole(value) for name, value in pl_module.trained().items()}
 
 
-def _whole(gradient: Tensor | None) -> Tensor:
+def _whole(parameter: nn.Parameter) -> Tensor:
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return (
+            safe_get_full_grad(parameter)
+            .detach()
+            .clone()
+            .view(getattr(parameter, "ds_shape", parameter.shape))
+        )
+    gradient = parameter.grad
     assert gradient is not None
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 

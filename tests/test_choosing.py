@@ -92,8 +92,12 @@ def test_kernels_that_cannot_be_used_are_all_named(finetune: Stage) -> None:
         usable(asked, machine)
     assert "trainer.attention=varlen: it needs a GPU" in str(caught.value)
     assert "trainer.loss_kernel=liger: it needs a GPU" in str(caught.value)
-    assert usable(finetune, machine) == ([Attention.loop], [LossKernel.torch])
-    assert "ZeRO-3" in str(loss_kernel_problem(LossKernel.liger, "cuda", Strategy.zero3))
+    assert usable(finetune, machine) == ([Attention.loop], [LossKernel.one_pass, LossKernel.torch])
+    for kind, device in ((LossKernel.liger, "cuda"), (LossKernel.one_pass, "cpu")):
+        assert "ZeRO-3" in str(loss_kernel_problem(kind, device, torch.float32, Strategy.zero3))
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
+        problem = loss_kernel_problem(LossKernel.one_pass, device, dtype, Strategy.auto)
+        assert problem == "it computes in fp32 on the CPU only: torch"
 
 
 def test_the_probe_takes_the_fastest_that_works(

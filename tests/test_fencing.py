@@ -30,7 +30,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def folder(config: Config, tmp_path: Path) -> Path:
     """As the launcher prepares it."""
     save_config(config, tmp_path / "config.yaml")
-    for name, content in (("manifest", {"step": "pretrain"}), ("cell", {"llm": "gemma2_tiny"}), ("parents", {})):
+    for name, content in (
+        ("manifest", {"step": "pretrain"}),
+        ("cell", {"llm": "gemma2_tiny"}),
+        ("parents", {}),
+    ):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     return tmp_path
 

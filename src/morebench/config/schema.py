@@ -88,7 +88,8 @@ class Attention(Enum):
 
 
 class LossKernel(Enum):
-    auto = "auto"  # measured on a GPU
+    auto = "auto"  # one_pass on a CPU in fp32; measured on a GPU
+    one_pass = "one_pass"
     torch = "torch"
     liger = "liger"
 

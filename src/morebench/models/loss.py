@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from morebench.config.schema import LossKernel, Strategy
 
 
-def loss_kernel_problem(kind: LossKernel, device: str, strategy: Strategy) -> str | None:
+def loss_kernel_problem(kind: LossKernel, device: str, dtype: torch.dtype, strategy: Strategy) -> str | None:
     """Why this kind cannot be used; None if it can."""
     if kind is LossKernel.torch:
         return None
-    if device != "cuda":
-        return f"it needs a GPU, and this run is on {device}: torch"
     if strategy is Strategy.zero3:  # gathers the head's weights only while the head is called
         return "it reads the head's weights beside the head, which ZeRO-3 keeps in pieces: torch"
+    if kind is LossKernel.one_pass:
+        is_usable = device == "cpu" and dtype is torch.float32
+        return None if is_usable else "it computes in fp32 on the CPU only: torch"
+    if device != "cuda":
+        return f"it needs a GPU, and this run is on {device}: torch"
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed: pip install 'morebench[liger]', or torch"
     return None

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 _LOGITS_PER_PIECE = 2**23
 
 
-def loss_sum(hidden_SD: Tensor, head: nn.Linear, softcap: float | None, targets_S: Tensor) -> Tensor:
+def one_pass_loss_sum(hidden_SD: Tensor, head: nn.Linear, softcap: float | None, targets_S: Tensor) -> Tensor:
     """fp32 []. All tensors are fp32."""
     loss: Tensor = _LossSum.apply(hidden_SD, head.weight, head.bias, softcap, targets_S)
     return loss

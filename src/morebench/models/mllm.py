@@ -11,7 +11,7 @@ from morebench.data.batch import Batch
 from morebench.models.attention_gpu import attend_with
 from morebench.models.features import encode, from_8bit
 from morebench.models.loss import liger_loss_sum
-from morebench.models.loss_cpu import loss_sum
+from morebench.models.loss_cpu import one_pass_loss_sum
 from morebench.models.normalise import Normalise
 from morebench.models.projector import MLPProjector
 from morebench.models.stored import Pieces
@@ -103,10 +103,11 @@ class MLLM(nn.Module):
         visual_IVD = self._visual(batch)
         if visual_IVD is not None:
             return self.embed(input_ids_T, batch.visual_positions, visual_IVD)
-        embeds_TD = self.llm.get_input_embeddings()(input_ids_T)
-        feature_1C = torch.zeros(1, self.projector.vision_dim, device=embeds_TD.device)
+        # before the embedding, as where there are images: ranks reduce gradients in the order they come
+        feature_1C = torch.zeros(1, self.projector.vision_dim, device=input_ids_T.device)
+        nothing = 0.0 * self.projector(feature_1C.to(self._projector_dtype())).sum()
         # into the LLM, not past it: backward gathers sharded blocks, frozen too, on every rank or on none
-        return embeds_TD + 0.0 * self.projector(feature_1C.to(self._projector_dtype())).sum()
+        return self.llm.get_input_embeddings()(input_ids_T) + nothing
 
     def _visual(self, batch: Batch) -> Tensor | None:
         if len(batch.pixel_values) > 0:
@@ -121,9 +122,8 @@ class MLLM(nn.Module):
         head = self.llm.get_output_embeddings()
         if self.loss_kernel is LossKernel.liger:
             return liger_loss_sum(hidden_SD, targets_S, head, self._final_softcap())
-        is_fp32 = head.weight.dtype is torch.float32 is hidden_SD.dtype
-        if hidden_SD.device.type == "cpu" and is_fp32 and not torch.is_autocast_enabled("cpu"):
-            return loss_sum(hidden_SD, head, self._final_softcap(), targets_S)
+        if self.loss_kernel is LossKernel.one_pass:
+            return one_pass_loss_sum(hidden_SD, head, self._final_softcap(), targets_S)
         size = max(1, _LOGITS_PER_CHUNK // self.llm.config.vocab_size)
         pieces = list(zip(hidden_SD.split(size), targets_S.split(size), strict=True))
         if len(pieces) == 1:

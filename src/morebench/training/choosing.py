@@ -46,8 +46,8 @@ def usable(stage: Stage, machine: Machine) -> tuple[list[Attention], list[LossKe
         for kind in (Attention.loop, Attention.flex, Attention.varlen)
     }
     loss_problems = {
-        kind: loss_kernel_problem(kind, machine.device, config.strategy)
-        for kind in (LossKernel.torch, LossKernel.liger)
+        kind: loss_kernel_problem(kind, machine.device, dtype, config.strategy)
+        for kind in (LossKernel.one_pass, LossKernel.torch, LossKernel.liger)
     }
     problems = []
     if problem := attention_problems.get(config.attention):

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from morebench.data.batch import Batch
 from morebench.errors import RunError
 from morebench.training.module import StageModule
+from morebench.training.sharding_zero import Zero
 
 GIB = 2**30
 
@@ -58,13 +59,12 @@ class DryStep(Callback):
 
     def _try(self, trainer: Trainer, module: StageModule, batch: Batch) -> bool:
         try:
-            with _room_for_a_step(trainer, module), torch.random.fork_rng(_gpus(module.device)):
+            with torch.random.fork_rng(_gpus(module.device)):
                 on_device = trainer.strategy.batch_to_device(batch, module.device)
-                with trainer.precision_plugin.train_step_context():
-                    loss = module.mllm(on_device)
-                # past DDP's wrapper: only its forward arms the reducing of gradients; no rank is waited for.
-                # Sharded modules gather and reduce by themselves, on all ranks alike
-                loss.backward()
+                if isinstance(module.sharding, Zero):
+                    module.sharding.rehearse(on_device)
+                else:
+                    _rehearse(trainer, module, on_device)
                 if module.device.type == "cuda":
                     torch.cuda.synchronize(module.device)
         except torch.OutOfMemoryError:
@@ -88,6 +88,15 @@ class DryStep(Callback):
             f"{self._label}: the largest micro-batch of the stage ({_size(batch)}) does not fit into {place} "
             f"beside weights, gradients and the optimizer's state. {advice}"
         )
+
+
+def _rehearse(trainer: Trainer, module: StageModule, batch: Batch) -> None:
+    with _room_for_a_step(trainer, module):
+        with trainer.precision_plugin.train_step_context():
+            loss = module.mllm(batch)
+        # past DDP's wrapper: only its forward arms the reducing of gradients; no rank is waited for.
+        # Sharded modules gather and reduce by themselves, on all ranks alike
+        loss.backward()
 
 
 @contextmanager

@@ -18,9 +18,13 @@ from morebench.config.schema import Precision, Strategy, Trainer, TrainRecipe
 from morebench.errors import ConfigError
 from morebench.training.sharding import Replicated, Sharding
 from morebench.training.sharding_fsdp import FullySharded
+from morebench.training.sharding_zero import Zero
 from morebench.training.watchdog import group_timeout
+from morebench.training.zero_strategy import ZeroPrecision, ZeroStrategy, check_installed
 
 _PRECISION: dict[Precision, Any] = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed"}
+
+_ZERO_STAGES = {Strategy.zero2: 2, Strategy.zero3: 3}
 
 
 def make_trainer(machine: Trainer, recipe: TrainRecipe) -> LightningTrainer:
@@ -31,17 +35,35 @@ def make_trainer(machine: Trainer, recipe: TrainRecipe) -> LightningTrainer:
         accelerator=machine.accelerator,
         devices=devices,
         num_nodes=machine.num_nodes,
-        strategy=_strategy(machine, devices * machine.num_nodes),
-        # FSDP2 casts the weights itself; autocast would do it again
-        precision="32-true" if machine.strategy is Strategy.fsdp2 else _PRECISION[recipe.precision],
+        strategy=_strategy(machine, devices * machine.num_nodes, recipe.precision),
+        precision=_precision(machine.strategy, recipe.precision),
         max_epochs=1,
         use_distributed_sampler=False,
-        # Lightning would requeue on USR1 and raise between two micro-batches
-        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+        plugins=_plugins(machine.strategy, recipe.precision),
     )
 
 
-def _strategy(machine: Trainer, world_size: int) -> LightningStrategy | str:
+def _precision(strategy: Strategy, precision: Precision) -> Any:
+    if strategy in _ZERO_STAGES:
+        return None  # a plugin's
+    # FSDP2 casts the weights itself; autocast would do it again
+    return "32-true" if strategy is Strategy.fsdp2 else _PRECISION[precision]
+
+
+def _plugins(strategy: Strategy, precision: Precision) -> list[Any]:
+    found: list[Any] = []
+    if SLURMEnvironment.detect():
+        # Lightning would requeue on USR1 and raise between two micro-batches
+        found.append(SLURMEnvironment(auto_requeue=False))
+    if strategy in _ZERO_STAGES:
+        found.append(ZeroPrecision(_PRECISION[precision]))
+    return found
+
+
+def _strategy(machine: Trainer, world_size: int, precision: Precision) -> LightningStrategy | str:
+    if machine.strategy in _ZERO_STAGES:
+        check_installed(machine.strategy)
+        return ZeroStrategy(_ZERO_STAGES[machine.strategy], precision, group_timeout(machine))
     if machine.strategy is Strategy.fsdp2:
         return ModelParallelStrategy(
             data_parallel_size=world_size, tensor_parallel_size=1, timeout=group_timeout(machine)
@@ -53,7 +75,7 @@ def _strategy(machine: Trainer, world_size: int) -> LightningStrategy | str:
         )
     if machine.strategy is Strategy.auto:
         return "auto"
-    raise ConfigError(f"trainer.strategy={machine.strategy.name} is not there yet.")
+    raise ConfigError(f"Nothing is known about trainer.strategy={machine.strategy.name}.")
 
 
 def creates_sharded(machine: Trainer) -> bool:
@@ -71,6 +93,8 @@ def num_devices(machine: Trainer) -> int:
 def sharding_of(trainer: LightningTrainer) -> Sharding:
     if isinstance(trainer.strategy, SingleDeviceStrategy):
         return Replicated(trainer, mean_over_ranks=False)
+    if isinstance(trainer.strategy, ZeroStrategy):  # before DDP, which it is a kind of
+        return Zero(trainer, trainer.strategy)
     if isinstance(trainer.strategy, DDPStrategy):
         return Replicated(trainer, mean_over_ranks=True)
     if isinstance(trainer.strategy, ModelParallelStrategy):
