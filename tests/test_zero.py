@@ -19,6 +19,7 @@ from morebench.training import zero_strategy
 from morebench.training.fragments import Fragment
 from morebench.training.module import StageModule
 from morebench.training.run import train
+from morebench.training.sharding_zero import Zero
 from morebench.training.signals import StopRequest
 from morebench.training.stage import make_stage
 from morebench.training.strategy import exact_arithmetic, make_trainer, quiet_libraries, sharding_of
@@ -100,6 +101,12 @@ def test_masters_of_bf16_parameters_are_not_rounded(folder: Path) -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=0.03)
 
 
+def test_step_that_is_left_out_changes_nothing(folder: Path) -> None:
+    begin, end = (load_file(folder / "left_out" / f"{name}.safetensors") for name in ("begin", "end"))
+    assert all(torch.equal(end[name], value) for name, value in begin.items())
+    assert len(load_file(folder / "left_out" / "losses.safetensors")["losses"]) == 2
+
+
 def _assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -120,6 +127,12 @@ def _everything(config: Config, root: Path) -> None:
     _run(config, root, "whole", None)
     _run(config, root, "again", root / "whole")
     _run(with_recipe(config, precision=Precision.bf16, max_steps=1), root, "bf16", None)
+    Zero.clip = _leave_out  # type: ignore[method-assign]
+    _run(with_recipe(config, max_steps=2), root, "left_out", None)
+
+
+def _leave_out(sharding: Zero, trained: Any, max_norm: float, grad_norm: Tensor) -> None:
+    sharding.leave_out(sharding._optimizer, trained)
 
 
 def _run(config: Config, root: Path, name: str, begun: Path | None) -> None:

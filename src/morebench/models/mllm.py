@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -94,7 +94,10 @@ class MLLM(nn.Module):
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """fp32 logits of final hidden states, soft-capped where the LLM does so."""
-        logits_SZ = self.llm.get_output_embeddings()(hidden_SD).float()
+        head = self.llm.get_output_embeddings()
+        # not as a module: ZeRO-3 wants the same modules in the same order in every micro-batch of every rank,
+        # and the number of chunks differs
+        logits_SZ = linear(hidden_SD, head.weight, getattr(head, "bias", None)).float()
         cap = self._final_softcap()
         return logits_SZ if cap is None else torch.tanh(logits_SZ / cap) * cap
 

@@ -236,13 +236,14 @@ def _place_sharded(mllm: MLLM, unread: Pieces, strategy: ZeroStrategy, dtype: to
                 made[value] = nn.Parameter(full.to(strategy.root_device, dtype), value.requires_grad)
                 convert(param_list=[made[value]])
             one.register_parameter(name, made[value])
-    for one in (mllm.normalise, projector, llm):  # DeepSpeed moves only what it has not cut
+    for one in (projector, llm):  # DeepSpeed moves only what it has not cut
         for buffered in one.modules():
             for name, buffer in buffered.named_buffers(recurse=False):
                 buffered._buffers[name] = buffer.to(strategy.root_device)
     # whole through the root's forward and backward: the loss takes the head in chunks
-    for end in {mllm.llm.get_input_embeddings().weight, mllm.llm.get_output_embeddings().weight}:
-        zero.register_external_parameter(mllm, end)
+    ends = (mllm.llm.get_input_embeddings(), mllm.llm.get_output_embeddings())
+    for value in {value for end in ends for value in end.parameters(recurse=False)}:
+        zero.register_external_parameter(mllm, value)
 
 
 def _shape(value: nn.Parameter) -> tuple[int, ...]:

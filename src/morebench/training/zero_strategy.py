@@ -21,6 +21,7 @@ from morebench.errors import ConfigError
 PERSISTENT = 100_000
 # Gradients are reduced in buckets of so many elements; 800 MB in fp32.
 _BUCKET = 200_000_000
+_FROZEN_ENCODER = ("normalise", "vision")  # those of the MLLM's modules that run for images only
 
 
 def check_installed(strategy: Strategy) -> None:
@@ -105,7 +106,8 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def init_deepspeed(self) -> None:
         assert self.lightning_module is not None
-        self.lightning_module.get_submodule("mllm.vision").to(self.root_device)
+        for name in _FROZEN_ENCODER:
+            self.lightning_module.get_submodule(f"mllm.{name}").to(self.root_device)
         with encoder_hidden(self.lightning_module):
             super().init_deepspeed()
         if self.when_set_up is not None:
@@ -116,12 +118,13 @@ class ZeroStrategy(DeepSpeedStrategy):
 @contextmanager
 def encoder_hidden(module: nn.Module) -> Iterator[None]:
     """Out of DeepSpeed's sight, wherever it walks over all parameters. ZeRO-3 would share out the frozen
-    encoder too, and gather it in every forward: for nothing, and ranks whose bins have no image would leave
-    the others waiting.
+    encoder too, and gather it in every forward: for nothing, and a rank whose bin has no image would leave
+    the others waiting: ZeRO-3 wants the same modules in the same order on every rank.
     """
     mllm = module.get_submodule("mllm")
     children = dict(mllm._modules)
-    del mllm._modules["vision"]
+    for name in _FROZEN_ENCODER:
+        del mllm._modules[name]
     try:
         yield
     finally:
@@ -140,10 +143,6 @@ def _settings(stage: int, precision: Precision) -> dict[str, Any]:
     }
     third = {
         "stage3_param_persistence_threshold": PERSISTENT,
-        # Both follow the order of modules in the step before, which differs between ranks: the number of
-        # chunks of the loss does. Ranks that guess differently wait for each other for ever.
-        "stage3_prefetch_bucket_size": 0,
-        "stage3_max_reuse_distance": 0,
         "memory_efficient_linear": False,  # replaces torch's linear for the whole process
     }
     return {
