@@ -87,7 +87,7 @@ def fit(stage: Stage, trainer: LightningTrainer, choices: Choices, start: Start)
     if len(stage.validation):
         held_out = stage.validation_plan(trainer.world_size, choices.micro_batch_tokens)
         held_out_batches = stage.dataset(held_out, trainer.global_rank)
-        validation = Validation(held_out_batches, plan.num_steps, machine.num_workers)
+        validation = Validation(held_out_batches, plan.num_steps, machine.num_workers, start.watchdog.beat)
     with ExitStack() as stack:
         metrics = progress = None
         if is_first:

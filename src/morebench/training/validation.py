@@ -1,5 +1,7 @@
 """The loss on samples that are kept out of training, measured while a step is trained."""
 
+from collections.abc import Callable
+
 import torch
 from lightning.pytorch import Trainer
 
@@ -17,8 +19,11 @@ def validation_steps(num_steps: int) -> frozenset[int]:
 class Validation:
     """Nothing of training is different afterwards: no gradient, no random number, no module's mode."""
 
-    def __init__(self, batches: MicroBatches, num_steps: int, num_workers: int) -> None:
-        """`batches` of this rank: one step that holds the whole slice."""
+    def __init__(
+        self, batches: MicroBatches, num_steps: int, num_workers: int, beat: Callable[[str], None]
+    ) -> None:
+        """`batches` of this rank: one step that holds the whole slice. `beat`: the watchdog's."""
+        self._beat = beat
         self._batches = batches
         self._num_workers = num_workers
         self._steps = validation_steps(num_steps)
@@ -35,6 +40,7 @@ class Validation:
         with torch.random.fork_rng(gpus), torch.no_grad():
             for number, batch in enumerate(Loader(self._batches, 0, self._num_workers)):
                 on_device = trainer.strategy.batch_to_device(batch, device)
+                self._beat(f"validating micro-batch {number}")
                 # as Lightning would: within the strategy's wrapper and in its precision
                 of_batch = trainer.strategy.validation_step(on_device, number)
                 assert isinstance(of_batch, torch.Tensor)
