@@ -158,10 +158,12 @@ def test_a_run_on_cached_features_is_the_run_on_computed_ones(
 def test_another_kind_of_features_is_another_machine(config: Config) -> None:
     """So a resume says that it is not bit-exact; a checkpoint from before the choice computed its own."""
     computed, cached = (
-        this_machine(replace(config, features=f), "cpu", 1) for f in Features if "8" not in f.name
+        this_machine(replace(config, features=f), torch.device("cpu"), 1)
+        for f in Features
+        if "8" not in f.name
     )
     assert computed != cached
-    facts = Choices(computed, 1, 1).facts()
+    facts = Choices(computed, 1, 1, 16384).facts()
     assert Choices.from_facts(facts).machine == computed
     del facts["machine"]["features"]
     assert Choices.from_facts(facts).machine == computed

@@ -140,7 +140,7 @@ def term_to_leader() -> None:
     def ask(module: Any) -> None:
         if is_rank(1):
             os.kill(leader(), signal.SIGTERM)
-        while module._stop.signal_name is None:  # handed to every rank
+        while not module.tell().stop:  # handed to every rank
             time.sleep(0.01)
 
     at_step(3, ask)
