@@ -159,6 +159,7 @@ def _write(root: Path, name: str, make: Any, num_samples: int, size: Size) -> Tr
         allowed_links=[],
         also_quarantine=[],
         num_samples=num_samples,
+        assumed_lengths=[],
         build=None,
     )
 
