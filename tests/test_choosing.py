@@ -105,7 +105,7 @@ def test_kernels_that_cannot_be_used_are_all_named(finetune: Stage) -> None:
 def test_the_probe_takes_the_fastest_that_works(
     finetune: Stage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probe = Probe(finetune.config, finetune.recipe, [30, 20, 9], [5, 9, 1], torch.device("cpu"))
+    probe = Probe(finetune.config, finetune.recipe, [90, 60, 30], [5, 9, 1], torch.device("cpu"))
     seconds = iter([0.002, 0.001, 0.003])
     run = Probe._seconds
     monkeypatch.setattr(Probe, "_seconds", lambda self: run(self) * 0 + next(seconds))
