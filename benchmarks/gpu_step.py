@@ -28,14 +28,16 @@ from morebench.config.compose import compose_config
 from morebench.config.gpus import gpu_called
 from morebench.config.schema import Config, Step
 from morebench.models.parts import build_mllm
+from morebench.training.choosing import apply_choices
 from morebench.training.module import StageModule
 from morebench.training.signals import StopRequest
 from morebench.training.stage import recipe_of
-from morebench.training.strategy import make_trainer, quiet_libraries, sharding_of
+from morebench.training.strategy import make_trainer, matmul_precision, quiet_libraries, sharding_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_step_attention import compare_attention
 from gpu_step_batches import Micro, flops, micro_batches
+from gpu_step_choices import chosen
 from gpu_step_stock import run_stock
 
 WARM = 2  # optimizer steps that are not timed: kernels are compiled, the allocator fills
@@ -94,9 +96,11 @@ def ours(
     config: Config, step: Step, batches: list[Micro], steps: int, device: torch.device, profile: str | None
 ) -> Iterator[str]:
     recipe, _ = recipe_of(config, step)
-    with quiet_libraries():
+    with quiet_libraries(), matmul_precision(recipe.precision):
+        choices = chosen(config, recipe, batches, device)
         with torch.device(device):  # a GPU draws billions of weights in a second
             mllm = build_mllm(config, {}, recipe.precision, recipe.trainable)
+        apply_choices(mllm, choices)
         trainer = make_trainer(config.trainer, recipe)
         trainer.accumulate_grad_batches = len(batches)
         watch = Stopwatch(device, WARM * len(batches), profile)
@@ -113,7 +117,11 @@ def ours(
         watch.follow(mllm)
         repeated = [micro.batch for micro in batches] * (WARM + steps)
         trainer.fit(module, DataLoader(repeated, batch_size=None, pin_memory=device.type == "cuda"))
-    yield f"  ours: {_speed(config, step, batches, watch.seconds / steps, device)}"
+    yield (
+        f"  ours: trainer.attention={choices.attention}, loss_kernel={choices.loss_kernel}, "
+        f"compile={choices.compile}, {choices.recomputed} blocks recomputed"
+    )
+    yield f"    {_speed(config, step, batches, watch.seconds / steps, device)}"
     parts = {name: seconds / steps for name, seconds in watch.parts().items()}
     yield "    " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.items())
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from morebench.config.schema import Attention
 from morebench.models.attention import varlen_attention
+from morebench.models.attention_gpu import attend_with, attention_problem
 
 # (label, query heads, key heads, head size, soft-cap, window), as in Phi-4-mini and Gemma-2-9B
 _SHAPES = [
@@ -63,10 +64,6 @@ def _borders(
     """What `varlen_attention` takes as `cu_seqlens`, or why this kind is not possible."""
     if kind is Attention.loop:
         return borders
-    try:
-        from morebench.models.attention_gpu import attend_with, attention_problem
-    except ImportError:
-        return "it is not built"
     problem = attention_problem(kind, device.type, dtype, softcap, head_dim)
     return problem or attend_with(kind, borders, device)
 

@@ -44,7 +44,9 @@ def test_step_at_true_shapes_starts(
     monkeypatch.setattr(sys, "argv", ["gpu_step.py", *options, "--profile", str(tmp_path / "table")])
     gpu_step.main()
     out = capsys.readouterr().out
-    assert out.count("  ours: ") == len(gpu_step.CASES)
+    assert out.count("  ours: trainer.attention=loop, loss_kernel=torch, compile=False, ") == len(
+        gpu_step.CASES
+    )
     assert out.count("  transformers, 32 samples at a time: ") == len(gpu_step.CASES) - 1
     assert out.count("LLM forward ") == out.count(", backward ") == len(gpu_step.CASES)
     assert "relative error 0.0e+00, of gradients 0.0e+00" in out

@@ -15,7 +15,7 @@ from morebench.models.loss import loss_kernel_problem
 from morebench.models.memory import state_per_rank
 from morebench.models.mllm import MLLM
 from morebench.training import room
-from morebench.training.choices import Choices, this_machine
+from morebench.training.choices import Choices
 from morebench.training.choosing import usable
 from morebench.training.files import read_manifest
 from morebench.training.probe import Probe
@@ -87,12 +87,14 @@ def test_pretrain_recomputes_nothing(config: Config) -> None:
 
 def test_kernels_that_cannot_be_used_are_all_named(finetune: Stage) -> None:
     asked = with_asked(finetune, attention=Attention.varlen, loss_kernel=LossKernel.liger)
-    machine = this_machine(asked.config, torch.device("cpu"), 1)
     with pytest.raises(ConfigError) as caught:
-        usable(asked, machine)
+        usable(asked.config, asked.recipe, "cpu")
     assert "trainer.attention=varlen: it needs a GPU" in str(caught.value)
     assert "trainer.loss_kernel=liger: it needs a GPU" in str(caught.value)
-    assert usable(finetune, machine) == ([Attention.loop], [LossKernel.one_pass, LossKernel.torch])
+    assert usable(finetune.config, finetune.recipe, "cpu") == (
+        [Attention.loop],
+        [LossKernel.one_pass, LossKernel.torch],
+    )
     for kind, device in ((LossKernel.liger, "cuda"), (LossKernel.one_pass, "cpu")):
         assert "ZeRO-3" in str(loss_kernel_problem(kind, device, torch.float32, Strategy.zero3))
     for device, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
@@ -103,7 +105,7 @@ def test_kernels_that_cannot_be_used_are_all_named(finetune: Stage) -> None:
 def test_the_probe_takes_the_fastest_that_works(
     finetune: Stage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probe = Probe(finetune, [0, 1, 2], torch.device("cpu"))
+    probe = Probe(finetune.config, finetune.recipe, [90, 60, 30], [5, 9, 1], torch.device("cpu"))
     seconds = iter([0.002, 0.001, 0.003])
     run = Probe._seconds
     monkeypatch.setattr(Probe, "_seconds", lambda self: run(self) * 0 + next(seconds))

@@ -10,7 +10,7 @@ from factories_models import CLIP_SHAPE, LLM_SHAPES, packed
 from torch import Tensor, nn
 
 from morebench.config.compose import compose_config
-from morebench.config.schema import Config, Part, Precision, Strategy
+from morebench.config.schema import Attention, Config, Part, Precision, Strategy
 from morebench.models.flops import sizes
 from morebench.models.memory import is_counted, memory, state_per_rank
 from morebench.models.mllm import MLLM
@@ -118,3 +118,18 @@ def test_ranks_divide_what_their_strategy_shards() -> None:
         states = [state_per_rank(config, trained, strategy, ranks) for ranks in (8, 16, many)]
         assert states[0] - states[1] == pytest.approx(16 * 8.05e9 / 16, rel=0.01)
         assert states[2] < 0.1 * whole
+
+
+def test_only_the_loop_keeps_the_scores_of_a_soft_cap() -> None:
+    config = compose_config(["llm=gemma2_9b", "vision=siglip2"]).config
+    for trained in STAGES.values():
+        loop, flex = (
+            [memory(config, length, 0, 0, trained, 0, kind).sample for length in (1000, 2000)]
+            for kind in (Attention.loop, Attention.flex)
+        )
+        assert loop[1] > 2 * loop[0]
+        assert flex[1] == 2 * flex[0]
+        assert flex[0] < loop[0]
+    llama = compose_config(["llm=llama31_8b", "vision=clip"]).config
+    same = {memory(llama, 1000, 0, 0, STAGES["pretrain"], 0, kind).sample for kind in Attention}
+    assert len(same) == 1

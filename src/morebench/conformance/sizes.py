@@ -37,7 +37,8 @@ recompute, no padding, logits at supervised positions, no block behind the featu
 features and of the LLM. Parameters: of the LLM with embeddings and head (a tied one once), of the projector,
 of the vision encoder as far as it is used. State: weights, gradients and optimizer on one device that shards
 nothing (trained: fp32 and a bf16 copy; frozen: bf16). GB a sample: what the backward pass of one such sample
-waits for; Gemma-2's soft-cap keeps the scores of attention. 1 GB is 10^9 bytes.
+waits for; Gemma-2's soft-cap keeps the scores of attention in the loop (as
+here), not under flex. 1 GB is 10^9 bytes.
 
 """
 

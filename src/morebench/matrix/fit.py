@@ -72,7 +72,9 @@ def _micro_batch(config: Config, recipe: TrainRecipe, read: Reading, recomputed:
 
     def kept(length: float, images: float) -> float:
         text = max(0.0, length - images * visual)
-        return memory(config, length, images, text * supervised, recipe.trainable, recomputed).sample
+        return memory(
+            config, length, images, text * supervised, recipe.trainable, recomputed, config.trainer.attention
+        ).sample
 
     longest = kept(read.longest, round(read.images / read.samples))
     if config.trainer.micro_batch_tokens is None:

@@ -1,10 +1,10 @@
 """Memory of a train step, from the shape files alone: no torch."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
-from morebench.config.schema import Config, Part, Strategy
+from morebench.config.schema import Attention, Config, Part, Strategy
 from morebench.models.flops import Count, Sizes, head_dim, llm_shape, sizes
 
 # Bytes per weight. Trained: fp32 weight and gradient, AdamW's two fp32 moments; of matrices also the bf16
@@ -22,7 +22,7 @@ class _Kept:
     mlp: int  # intermediate size
     token: int
     head: int  # query heads
-    # a soft-cap on attention needs the matrix of scores: per pair of tokens, and per pair and head
+    # the loop's soft-cap needs the matrix of scores: per pair of tokens, and per pair and head
     pair: int = 0
     pair_and_head: int = 0
 
@@ -67,15 +67,17 @@ def memory(
     supervised: Count,
     trained: Collection[Part],
     recomputed: int = 0,
+    attention: Attention = Attention.loop,
 ) -> Memory[Count]:
     """Of a train step: `length` counts visual tokens too; `recomputed` blocks of the LLM are computed twice.
 
+    Of `attention`, only the loop keeps the scores that a soft-cap bends; `auto` is taken for a kernel.
     The three counts may be int64 arrays, of many samples.
     """
     shape, model = llm_shape(config), sizes(config)
     return Memory(
         state=state_per_rank(config, trained, Strategy.auto, 1),
-        sample=length * _kept_per_token(shape, length, Part.llm in trained, recomputed)
+        sample=length * _kept_per_token(shape, length, Part.llm in trained, recomputed, attention)
         + _head(shape, model, supervised, Part.llm in trained)
         + num_images * model.num_visual_tokens * _projector(model),
     )
@@ -116,8 +118,16 @@ def state_per_rank(config: Config, trained: Collection[Part], strategy: Strategy
     return state
 
 
-def _kept_per_token(shape: Mapping[str, Any], length: Count, is_trained: bool, recomputed: int) -> Count:
+def _kept_per_token(
+    shape: Mapping[str, Any], length: Count, is_trained: bool, recomputed: int, attention: Attention
+) -> Count:
     kept = _KEPT.get(shape["model_type"], _LLAMA)[is_trained]
+    if kept.pair_and_head and attention is not Attention.loop:
+        # one kernel keeps queries, keys, values, output and log-sum-exp, with a soft-cap as without
+        fused = _LLAMA[is_trained]
+        kept = replace(
+            kept, attention=fused.attention, groups=fused.groups, head=fused.head, pair=0, pair_and_head=0
+        )
     heads, width = shape["num_attention_heads"], head_dim(shape)
     block = (
         kept.width * shape["hidden_size"]

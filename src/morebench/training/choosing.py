@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from lightning.pytorch import Trainer as LightningTrainer
 
-from morebench.config.schema import Attention, LossKernel, Precision
+from morebench.config.schema import Attention, Config, LossKernel, Precision, TrainRecipe
 from morebench.errors import ConfigError, join_problems
 from morebench.models.attention_gpu import attention_problem
 from morebench.models.blocks import compile_blocks, recompute_blocks
@@ -24,7 +24,7 @@ Kind = TypeVar("Kind", bound=Enum)
 
 def choose(stage: Stage, machine: Machine, trainer: LightningTrainer) -> Choices:
     """The same on all ranks. Raises ConfigError for all kernels of the config that cannot be used."""
-    attentions, losses = usable(stage, machine)
+    attentions, losses = usable(stage.config, stage.recipe, machine.device)
     if machine.device != "cuda":
         return _choices(stage, machine, find_room(stage, machine.world_size, None), attentions[0], losses[0])
     trainer.strategy.setup_environment()  # for what the first rank measures to become everyone's
@@ -34,31 +34,29 @@ def choose(stage: Stage, machine: Machine, trainer: LightningTrainer) -> Choices
     return agreed
 
 
-def usable(stage: Stage, machine: Machine) -> tuple[list[Attention], list[LossKernel]]:
+def usable(config: Config, recipe: TrainRecipe, device: str) -> tuple[list[Attention], list[LossKernel]]:
     """What to choose from: what the config names, or all that works for `auto`; the surest first."""
-    config = stage.config.trainer
-    shape = llm_shape(stage.config)
-    dtype = torch.bfloat16 if stage.recipe.precision is Precision.bf16 else torch.float32
+    asked = config.trainer
+    shape = llm_shape(config)
+    dtype = torch.bfloat16 if recipe.precision is Precision.bf16 else torch.float32
     attention_problems = {
-        kind: attention_problem(
-            kind, machine.device, dtype, shape.get("attn_logit_softcapping"), head_dim(shape)
-        )
+        kind: attention_problem(kind, device, dtype, shape.get("attn_logit_softcapping"), head_dim(shape))
         for kind in (Attention.loop, Attention.flex, Attention.varlen)
     }
     loss_problems = {
-        kind: loss_kernel_problem(kind, machine.device, dtype, config.strategy)
+        kind: loss_kernel_problem(kind, device, dtype, asked.strategy)
         for kind in (LossKernel.one_pass, LossKernel.torch, LossKernel.liger)
     }
     problems = []
-    if problem := attention_problems.get(config.attention):
-        problems.append(f"trainer.attention={config.attention.name}: {problem}, or auto.")
-    if problem := loss_problems.get(config.loss_kernel):
-        problems.append(f"trainer.loss_kernel={config.loss_kernel.name}: {problem}, or auto.")
+    if problem := attention_problems.get(asked.attention):
+        problems.append(f"trainer.attention={asked.attention.name}: {problem}, or auto.")
+    if problem := loss_problems.get(asked.loss_kernel):
+        problems.append(f"trainer.loss_kernel={asked.loss_kernel.name}: {problem}, or auto.")
     if problems:
         raise ConfigError(join_problems(problems))
     return (
-        _open(attention_problems) if config.attention is Attention.auto else [config.attention],
-        _open(loss_problems) if config.loss_kernel is LossKernel.auto else [config.loss_kernel],
+        _open(attention_problems) if asked.attention is Attention.auto else [asked.attention],
+        _open(loss_problems) if asked.loss_kernel is LossKernel.auto else [asked.loss_kernel],
     )
 
 
@@ -87,17 +85,23 @@ def _measured(
 ) -> Choices:
     device = trainer.strategy.root_device
     free, _ = torch.cuda.mem_get_info(device)
-    room = find_room(stage, machine.world_size, free)
+    # the loop stands first, and alone may keep a matrix of scores: it is seldom the fastest
+    room = find_room(stage, machine.world_size, free, attentions[-1])
     plan = stage.plan(machine.world_size, stage.micro_batches(machine.world_size, room.micro_batch_tokens))
     asked = stage.config.trainer.compile
     compiles = [False, True] if asked is None else [asked]
     if len(attentions) == len(losses) == len(compiles) == 1:  # nothing is open
         return _choices(stage, machine, room, attentions[0], losses[0], compiles[0])
-    _, ids = plan.heaviest(stage.memory(room.recomputed))
-    probe = Probe(stage, ids, device)
+    _, ids = plan.heaviest(stage.memory(room.recomputed, attentions[-1]))
+    lengths, supervised = (
+        counts[list(ids)].tolist() for counts in (stage.index.lengths, stage.index.supervised)
+    )
+    probe = Probe(stage.config, stage.recipe, lengths, supervised, device)
     attention = probe.fastest("attention", attentions, probe.attend_by)
     loss_kernel = probe.fastest("loss_kernel", losses, probe.lose_by)
     compiled = probe.fastest("compile", compiles, probe.compile_or_not)
+    if attention is Attention.loop and attentions[-1] is not Attention.loop:
+        room = find_room(stage, machine.world_size, free, attention)
     return _choices(stage, machine, room, attention, loss_kernel, compiled)
 
 

@@ -11,14 +11,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from morebench.config.compose import load_shape
-from morebench.config.schema import Attention, LossKernel, Part, Precision
+from morebench.config.schema import Attention, Config, LossKernel, Part, Precision, TrainRecipe
 from morebench.data.batch import Batch
 from morebench.models.attention import VARLEN
 from morebench.models.blocks import compile_blocks
 from morebench.models.llm import llm_config
 from morebench.models.mllm import MLLM
 from morebench.models.projector import MLPProjector
-from morebench.training.stage import Stage
 
 _BLOCKS = 2  # Gemma-2 has a sliding window in every second one
 _REPEATS = 3
@@ -29,12 +28,20 @@ Choice = TypeVar("Choice")
 class Probe:
     """Random weights and no images, but lengths, supervised tokens, widths and dtypes of the stage."""
 
-    def __init__(self, stage: Stage, ids: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        recipe: TrainRecipe,
+        lengths: Sequence[int],
+        supervised: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """`lengths` and supervised tokens of the samples of one micro-batch."""
         self._device = device
-        self._autocast = stage.recipe.precision is Precision.bf16
-        trained = Part.llm in stage.recipe.trainable
+        self._autocast = recipe.precision is Precision.bf16
+        trained = Part.llm in recipe.trainable
         low = self._autocast and not trained
-        shape = load_shape(stage.config.llm.shape)
+        shape = load_shape(config.llm.shape)
         shape = shape | {"num_hidden_layers": _BLOCKS}
         if "layer_types" in shape:
             shape["layer_types"] = shape["layer_types"][:_BLOCKS]
@@ -47,10 +54,6 @@ class Probe:
             # its gradient has to come down through the LLM
             projector = MLPProjector(8, llm.config.hidden_size, depth=1)
             self._mllm = MLLM(cast(Any, nn.Identity()), cast(Any, nn.Identity()), projector, llm).train()
-        lengths, supervised = (
-            stage.index.lengths[list(ids)].tolist(),
-            stage.index.supervised[list(ids)].tolist(),
-        )
         self._batch = _text(lengths, supervised, device)
         # another length first, so that what is compiled is what later batches use
         self._other = _text(lengths[1:] or [max(1, lengths[0] // 2)], supervised[1:] or [1], device)

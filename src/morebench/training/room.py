@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from morebench.config.schema import Part
+from morebench.config.schema import Attention, Part
 from morebench.models.memory import state_per_rank
 from morebench.training.stage import Stage
 
@@ -26,7 +26,7 @@ class Room:
     recomputed: int  # blocks of the LLM
 
 
-def find_room(stage: Stage, world_size: int, free: int | None) -> Room:
+def find_room(stage: Stage, world_size: int, free: int | None, attention: Attention = Attention.loop) -> Room:
     """`free`: bytes of a device that holds nothing yet; None for a CPU, where all fits.
 
     As many tokens as fit, down to `BUSY_TOKENS`; then as few recomputed blocks as fit; then fewer tokens.
@@ -42,7 +42,7 @@ def find_room(stage: Stage, world_size: int, free: int | None) -> Room:
 
     def fits(tokens: int) -> Callable[[int], bool]:
         plan = stage.plan(world_size, stage.micro_batches(world_size, tokens))
-        return lambda recomputed: plan.loads(stage.memory(recomputed)).max() <= room
+        return lambda recomputed: plan.loads(stage.memory(recomputed, attention)).max() <= room
 
     most = blocks if llm_trained else 0
     if trainer.micro_batch_tokens is not None:

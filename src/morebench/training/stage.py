@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from morebench.config.compose import load_chat_format
-from morebench.config.schema import Config, Part, Step, TrainingData, TrainRecipe
+from morebench.config.schema import Attention, Config, Part, Step, TrainingData, TrainRecipe
 from morebench.data.chat import ChatFormat
 from morebench.data.checked import CheckedData, changed_images_problem, open_checked
 from morebench.data.datamodule import MicroBatches
@@ -96,13 +96,15 @@ class Stage:
         """Of the LLM."""
         return sizes(self.config).llm_layers
 
-    def memory(self, recomputed: int = 0) -> np.ndarray:
+    def memory(self, recomputed: int = 0, attention: Attention = Attention.loop) -> np.ndarray:
         """int64 [N]; bytes that every sample keeps on the device: what makes a micro-batch a large one.
 
         `recomputed` blocks of the LLM are computed twice.
         """
         lengths, num_images, supervised = self._counts()
-        kept = memory(self.config, lengths, num_images, supervised, self.recipe.trainable, recomputed).sample
+        kept = memory(
+            self.config, lengths, num_images, supervised, self.recipe.trainable, recomputed, attention
+        ).sample
         pixels = 3 * self.mllm.vision.image_size**2
         return kept + num_images * pixels * _BYTES_PER_PIXEL
 
