@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from morebench.config.schema import Attention
 from morebench.data.datamodule import Loader, dead_workers_named
 from morebench.errors import Interrupted
 from morebench.progress import Progress
@@ -105,10 +106,9 @@ def fit(stage: Stage, trainer: LightningTrainer, choices: Choices, start: Start)
             start.watchdog.beat,
         )
         stack.callback(saver.close)  # before the metrics file, which its thread syncs
+        kept = stage.memory(choices.recomputed, Attention[choices.attention])
         dry_step = DryStep(
-            start.label,
-            lambda: dataset.micro_batch(*plan.heaviest(stage.memory(choices.recomputed))),
-            choices.micro_batch_tokens,
+            start.label, lambda: dataset.micro_batch(*plan.heaviest(kept)), choices.micro_batch_tokens
         )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         # the dry step last, so that a signal that comes meanwhile is kept for the first step
