@@ -233,9 +233,7 @@ class SeeNoCheckpoint:
         run.newest_checkpoint = lambda *found: None if is_rank(1) else newest(*found)
 
 
-def test_ranks_that_see_different_checkpoints_all_say_so(
-    config: Config, whole: Path, tmp_path: Path
-) -> None:
+def test_ranks_that_see_different_checkpoints_all_say_so(config: Config, whole: Path, tmp_path: Path) -> None:
     folder = planned(tmp_path / "run", config, devices=2)
     assert lead_to_end(term_to_leader, folder)[0] == EXIT_INTERRUPTED
     code, message = lead_to_end(SeeNoCheckpoint(folder), folder)
