@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -179,3 +180,21 @@ def test_build_refuses_two_owners_of_a_value():
     assert build(recipe, denominator=6) * 2 == 1
     with pytest.raises(ConfigError, match="numerator"):
         build(recipe, numerator=1)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.devices=0",
+        "trainer.devices=-1",
+        "trainer.devices=abc",
+        "trainer.accelerator=foo",
+        "trainer.num_nodes=0",
+        "trainer.hang_timeout_minutes=-1",
+        "trainer.checkpoint_every_n_minutes=-1",
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused_when_composing(override: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)} must be .*, found {value}"):
+        compose_config([override])

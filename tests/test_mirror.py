@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -30,6 +32,7 @@ from morebench.matrix.mirror_store import load_mlflow, redact
 from morebench.matrix.shipper import Shipper
 from morebench.matrix.step import execute
 from morebench.track import command as track
+from morebench.training.telemetry import MetricsFile
 
 AXES = {
     "llm": "gemma2_tiny",
@@ -444,10 +447,82 @@ def test_a_run_trains_without_a_server_and_nothing_is_lost(
     tracking: Tracking, cell: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = train_without_tracking(f"http://127.0.0.1:{free_port()}", cell, tmp_path, monkeypatch)
+    check_replayed(tracking, folder)
+
+
+class Proxy:
+    """In front of a store: an MLflow server's address, which may answer late or with a closed connection."""
+
+    def __init__(self, delay_s: float) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=16)
+        self.uri = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.delay_s = delay_s
+        self.num_asked = 0
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                connection, _ = self.listener.accept()
+                self.num_asked += 1
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with suppress(OSError), connection:
+            connection.recv(65536)
+            time.sleep(self.delay_s)
+            body = b"{}"
+            head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+
+
+def test_a_server_that_answers_ten_seconds_late_holds_no_run_up(
+    tracking: Tracking, cell: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    late = Proxy(delay_s=10)
+    with late.listener:
+        began = time.monotonic()
+        folder = train_without_tracking(late.uri, cell, tmp_path, monkeypatch)
+        assert time.monotonic() - began < 10, "it has waited for an answer"
+    assert late.num_asked
+    check_replayed(tracking, folder)
+
+
+def test_a_server_that_dies_in_mid_run_loses_nothing(
+    tracking: Tracking, cell: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """After the first points have arrived; the run goes on without it."""
+    arrived, ship = threading.Event(), Shipper.ship
+
+    def ship_then_die(self: Shipper) -> None:
+        if arrived.is_set():
+            raise ConnectionError("connection refused")
+        ship(self)
+        if self.num_points:
+            arrived.set()
+
+    append_line = MetricsFile.append
+
+    def append_when_it_is_dead(self: MetricsFile, line: dict[str, Any]) -> None:
+        append_line(self, line)
+        if line["step"] == 1:
+            assert arrived.wait(60)
+
+    monkeypatch.setattr(Shipper, "ship", ship_then_die)
+    monkeypatch.setattr(MetricsFile, "append", append_when_it_is_dead)
+    assert tracking.uri is not None
+    folder = train_without_tracking(tracking.uri, cell, tmp_path, monkeypatch, tracking.experiment)
+    num_arrived = len(steps_of(tracking))
+    assert 0 < num_arrived < len((folder / "metrics.jsonl").read_text().splitlines())
+    monkeypatch.setattr(Shipper, "ship", ship)
+    check_replayed(tracking, folder)
+
+
+def check_replayed(tracking: Tracking, folder: Path) -> None:
     track(
         [
             "sync",
-            f"paths.runs={tmp_path}",
+            f"paths.runs={folder.parent}",
             f"tracking.uri={tracking.uri}",
             f"tracking.experiment={tracking.experiment}",
         ]
@@ -457,7 +532,9 @@ def test_a_run_trains_without_a_server_and_nothing_is_lost(
     assert runs_of(tracking)["step"][0].info.status == "FINISHED"
 
 
-def train_without_tracking(uri: str, cell: Config, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def train_without_tracking(
+    uri: str, cell: Config, root: Path, monkeypatch: pytest.MonkeyPatch, experiment: str = "any"
+) -> Path:
     """That it ends shows that no step waits for an answer; and only the mirror's thread ever asks."""
     askers, opened = set(), Shipper.open
 
@@ -475,7 +552,7 @@ def train_without_tracking(uri: str, cell: Config, root: Path, monkeypatch: pyte
         ("parents.json", {}),
     ]:
         ledger.write_json(folder / name, content)
-    save_config(replace(cell, tracking=Tracking(uri=uri, experiment="any")), folder / "config.yaml")
+    save_config(replace(cell, tracking=Tracking(uri=uri, experiment=experiment)), folder / "config.yaml")
     assert execute(folder) == (0, "")
     assert ledger.is_done(folder)
     assert askers == {"mlflow-mirror"}

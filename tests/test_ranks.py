@@ -41,7 +41,7 @@ from morebench.matrix.step import execute
 from morebench.processes import usable_cores
 from morebench.training.run import train
 
-STRATEGIES = [Strategy.ddp]
+STRATEGIES = [Strategy.ddp, Strategy.fsdp2]
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +209,41 @@ def test_nobody_outlives_a_killed_leader(config: Config, whole: Path, tmp_path: 
 def test_the_cause_is_told_and_not_what_followed(config: Config, tmp_path: Path) -> None:
     folder = planned(tmp_path / "run", config, devices=2)
     assert lead_to_end(fail_differently, folder) == (EXIT_USER, "rank 1: record 7 is bad")
+
+
+class SeeNoCheckpoint:
+    """Rank 1 sees other files than rank 0; each says that it raised."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self) -> None:
+        from morebench.training import run
+
+        check, newest = run._check_same_start, run.newest_checkpoint
+
+        def noted(*arguments: Any) -> None:
+            try:
+                check(*arguments)
+            except RunError:
+                (self.folder / f".raised{os.environ['LOCAL_RANK']}").touch()
+                raise
+
+        run._check_same_start = noted
+        run.newest_checkpoint = lambda *found: None if is_rank(1) else newest(*found)
+
+
+def test_ranks_that_see_different_checkpoints_all_say_so(config: Config, whole: Path, tmp_path: Path) -> None:
+    folder = planned(tmp_path / "run", config, devices=2)
+    assert lead_to_end(term_to_leader, folder)[0] == EXIT_INTERRUPTED
+    code, message = lead_to_end(SeeNoCheckpoint(folder), folder)
+    assert code == RunError.exit_code
+    assert "Rank 1 found a whole checkpoint of 0 optimizer steps, rank 0 one of 4." in message
+    raised = sorted(folder.glob(".raised*"))
+    assert [path.name for path in raised] == [".raised0", ".raised1"]
+    for path in raised:
+        path.unlink()
+    check_continues(folder, whole)
 
 
 @pytest.mark.parametrize(

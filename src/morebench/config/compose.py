@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -138,7 +139,7 @@ def compose_config(overrides: Sequence[str] = ()) -> Composed:
 
 
 def out_of_bounds(node: Any, prefix: str = "") -> Iterator[str]:
-    """A sentence for every number outside the bounds its field declares."""
+    """A sentence for every number or text outside the bounds its field declares."""
     for field in fields(node):
         name, value = f"{prefix}{field.name}", getattr(node, field.name)
         if is_dataclass(value):
@@ -147,6 +148,10 @@ def out_of_bounds(node: Any, prefix: str = "") -> Iterator[str]:
             low, high = bounds
             if not low <= value <= (inf if high is None else high):
                 wanted = f"{low} or more" if high is None else f"{low} to {high}"
+                yield f"{name} must be {wanted}, found {value}"
+        elif spelling := field.metadata.get("spelt"):
+            pattern, wanted = spelling
+            if not re.fullmatch(pattern, value):
                 yield f"{name} must be {wanted}, found {value}"
 
 

@@ -15,6 +15,11 @@ def unidentified() -> Any:
     return field(metadata={"identity": False})
 
 
+def spelt(pattern: str, wanted: str) -> Any:
+    """A text that must match the whole pattern."""
+    return field(metadata={"spelt": (pattern, wanted)})
+
+
 def bounded(low: float, high: float | None = None) -> Any:
     """A number that must lie in [low, high]; None is not checked."""
     return field(metadata={"bounds": (low, high)})
@@ -282,8 +287,8 @@ class Suite:
 class Trainer:
     """The machine. Nothing here may change a result."""
 
-    accelerator: str  # cpu, gpu or auto
-    devices: str  # a count, or auto
+    accelerator: str = spelt("auto|cpu|gpu|cuda|mps", "cpu, gpu or auto")
+    devices: str = spelt("auto|[1-9][0-9]*", "1 or more, or auto")
     num_nodes: int = bounded(1)
     strategy: Strategy
     num_workers: int = bounded(0)  # data-loading processes per rank

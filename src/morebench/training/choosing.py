@@ -18,6 +18,7 @@ from morebench.training.choices import Choices, Machine, threads_for
 from morebench.training.probe import Probe
 from morebench.training.room import Room, find_room
 from morebench.training.stage import Stage
+from morebench.training.strategy import connect
 
 Kind = TypeVar("Kind", bound=Enum)
 
@@ -27,7 +28,7 @@ def choose(stage: Stage, machine: Machine, trainer: LightningTrainer) -> Choices
     attentions, losses = usable(stage.config, stage.recipe, machine.device)
     if machine.device != "cuda":
         return _choices(stage, machine, find_room(stage, machine.world_size, None), attentions[0], losses[0])
-    trainer.strategy.setup_environment()  # for what the first rank measures to become everyone's
+    connect(trainer)  # for what the first rank measures to become everyone's
     chosen = _measured(stage, machine, trainer, attentions, losses) if trainer.is_global_zero else None
     agreed = trainer.strategy.broadcast(chosen)
     assert agreed is not None

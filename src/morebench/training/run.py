@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 
 from morebench.config.compose import ROOT
 from morebench.config.schema import Config, Step
-from morebench.errors import Interrupted
+from morebench.errors import Interrupted, RunError
 from morebench.models.parts import save_parts
 from morebench.training.choices import Choices, this_machine
 from morebench.training.choosing import choose, smaller
@@ -32,7 +32,13 @@ from morebench.training.resume import Checkpoint, newest_checkpoint
 from morebench.training.signals import StopRequest
 from morebench.training.spent import Spent, read_lines, spent_before, totals
 from morebench.training.stage import Stage, make_stage, recipe_of
-from morebench.training.strategy import exact_arithmetic, make_trainer, matmul_precision, quiet_libraries
+from morebench.training.strategy import (
+    connect,
+    exact_arithmetic,
+    make_trainer,
+    matmul_precision,
+    quiet_libraries,
+)
 from morebench.training.watchdog import Watchdog
 
 
@@ -57,6 +63,7 @@ def train(
         is_first = trainer.is_global_zero
         watchdog = stack.enter_context(Watchdog(config.trainer.hang_timeout_minutes, trainer.global_rank))
         checkpoint = newest_checkpoint(folder / CHECKPOINTS, say)
+        _check_same_start(trainer, checkpoint, folder / CHECKPOINTS)
         before = spent_before(folder, folder / METRICS) if is_first else Spent()
         planned = read_manifest(folder).get("planned_data")
 
@@ -89,6 +96,24 @@ def train(
             stage = seeded_stage()
     if is_first:
         _finish(stage, fitted, folder, fence)
+
+
+def _check_same_start(trainer: LightningTrainer, checkpoint: Checkpoint | None, root: Path) -> None:
+    """Raises RunError on all ranks where they found different checkpoints. Before anything follows from a
+    checkpoint: a rank that chooses while another one keeps its choices would wait for it in vain.
+    """
+    if trainer.world_size == 1:
+        return
+    connect(trainer)
+    found: list[int] = [0] * trainer.world_size
+    torch.distributed.all_gather_object(found, checkpoint.step if checkpoint is not None else 0)
+    others = {rank: step for rank, step in enumerate(found) if step != found[0]}
+    if others:
+        rank, step = next(iter(others.items()))
+        raise RunError(
+            f"Rank {rank} found a whole checkpoint of {step} optimizer steps, rank 0 one of {found[0]}. "
+            f"All nodes of a run must see the same files in {root}."
+        )
 
 
 def _choose(stage: Stage, trainer: LightningTrainer, checkpoint: Checkpoint | None) -> tuple[Choices, bool]:

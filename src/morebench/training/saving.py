@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from morebench.errors import DiskFullError, Interrupted, MorebenchError, RunError
+from morebench.errors import DiskFullError, Interrupted, MorebenchError
 from morebench.training.fence import Fence, unfenced
 from morebench.training.fragments import Fragment, Pieces, read_whole, whole
 from morebench.training.module import StageModule
@@ -132,15 +132,7 @@ class Saver(Callback):
             self._writer.close()
 
     def _open_writer(self, trainer: Trainer) -> None:
-        """Raises RunError on a rank that continues from elsewhere than the first does."""
-        mine = self._checkpoint.step if self._checkpoint is not None else 0
-        token = f"{time.monotonic_ns():x}-{id(self):x}"
-        token, first = trainer.strategy.broadcast((token, mine))
-        if mine != first:
-            raise RunError(
-                f"Rank {trainer.global_rank} found a whole checkpoint of {mine} optimizer steps, rank 0 one "
-                f"of {first}. All nodes of a run must see the same files in {self._root}."
-            )
+        token = trainer.strategy.broadcast(f"{time.monotonic_ns():x}-{id(self):x}")
         if trainer.is_global_zero:
             remove_leftovers(self._root)
         self._writer = Writer(self._root, token, trainer.global_rank, trainer.world_size, self._fence)

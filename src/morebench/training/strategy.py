@@ -90,6 +90,16 @@ def num_devices(machine: Trainer) -> int:
     return torch.cuda.device_count() if uses_gpus else 1
 
 
+def connect(trainer: LightningTrainer) -> None:
+    """Let ranks talk to each other already; Lightning does so only when it has a module."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):  # its own asks for the module
+        strategy.accelerator.setup_device(strategy.root_device)
+        strategy._setup_distributed()
+    else:
+        strategy.setup_environment()
+
+
 def sharding_of(trainer: LightningTrainer) -> Sharding:
     if isinstance(trainer.strategy, SingleDeviceStrategy):
         return Replicated(trainer, mean_over_ranks=False)
