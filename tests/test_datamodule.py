@@ -211,6 +211,13 @@ def test_a_killed_worker_is_an_error_that_says_what_to_do(tmp_path: Path, signal
         list(Loader(batches, 0, num_workers=2))
 
 
+@pytest.mark.parametrize("signal", [Signals.SIGTERM, Signals.SIGUSR1, Signals.SIGUSR2])
+def test_a_signal_to_the_whole_job_leaves_the_workers_to_the_rank(tmp_path: Path, signal: Signals):
+    batches = dataset(write(tmp_path), tmp_path)
+    found = list(Loader(replace(batches, processor=Killer(signal)), 0, num_workers=2))
+    assert len(found) == len(batches)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("DataLoader is fine"), ValueError("DataLoader worker")])
 def test_other_errors_stay_what_they_are(error: Exception):
     with pytest.raises(type(error)) as caught, dead_workers_named():

@@ -249,3 +249,9 @@ def test_log_is_a_line_at_the_start_and_the_end(
     assert [line.split(":")[0] for line in (first, last)] == ["pretrain 0/2", "pretrain 2/2"]
     counts = r"[\d,]+ tokens, \d+ images, \d+ supervised tokens"
     assert re.fullmatch(rf"pretrain: the largest micro-batch fits: {counts}, \d\.\d s\.", dry_step)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator=gpu: torch finds no GPU here"):
+        make_trainer(with_trainer(config, accelerator="gpu").trainer, config.stage.pretrain)

@@ -1,6 +1,7 @@
 """The micro-batches of one rank, each a pure function of its number: workers and resume change nothing."""
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,3 +120,6 @@ def dead_workers_named() -> Iterator[None]:
 
 def _start_worker(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its thread pool does not survive the fork
+    # sent to a whole job or process group: the rank saves and ends, and this process with it
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -28,7 +28,15 @@ _ZERO_STAGES = {Strategy.zero2: 2, Strategy.zero3: 3}
 
 
 def make_trainer(machine: Trainer, recipe: TrainRecipe) -> LightningTrainer:
-    """Bare: checkpoints, logs and progress are ours. One epoch: the loader holds the missing steps."""
+    """Bare: checkpoints, logs and progress are ours. One epoch: the loader holds the missing steps.
+
+    Raises ConfigError for devices that are not there.
+    """
+    if machine.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.accelerator=gpu: torch finds no GPU here. Choose trainer=cpu, or look at nvidia-smi and "
+            f"CUDA_VISIBLE_DEVICES (torch {torch.__version__})."
+        )
     devices = num_devices(machine)
     return LightningTrainer(
         barebones=True,
@@ -94,6 +102,7 @@ def connect(trainer: LightningTrainer) -> None:
     """Let ranks talk to each other already; Lightning does so only when it has a module."""
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):  # its own asks for the module
+        assert strategy.accelerator is not None
         strategy.accelerator.setup_device(strategy.root_device)
         strategy._setup_distributed()
     else:
