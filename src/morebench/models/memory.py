@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
+from morebench.config.compose import load_shape
 from morebench.config.schema import Attention, Config, Part, Strategy
 from morebench.models.flops import Count, Sizes, head_dim, llm_shape, sizes
 
@@ -44,6 +45,9 @@ _KEPT = {
 # Of a recomputed block, per token and unit of the hidden size: fp32, as only trained LLMs are recomputed.
 _BLOCK_INPUT = 4
 
+# Of each colour of a pixel: as the workers make it, and in the encoder's bf16.
+_COLOUR = 6
+
 
 @dataclass(frozen=True)
 class Memory(Generic[Count]):
@@ -81,6 +85,12 @@ def memory(
         + _head(shape, model, supervised, Part.llm in trained)
         + num_images * model.num_visual_tokens * _projector(model),
     )
+
+
+def image_bytes(config: Config) -> int:
+    """Of one image's pixels, which no backward pass needs but which are there."""
+    side = load_shape(config.vision.shape)["image_size"] * max(config.resolution.scales)
+    return 3 * side**2 * _COLOUR
 
 
 def state_per_rank(config: Config, trained: Collection[Part], strategy: Strategy, world_size: int) -> int:
