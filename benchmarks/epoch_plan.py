@@ -27,7 +27,7 @@ from morebench.config.schema import Config, Order
 from morebench.data.index import LengthIndex
 from morebench.data.packing import BatchPlan, micro_batches_for
 from morebench.models.flops import sample_flops, sizes
-from morebench.training.room import CPU_TOKENS
+from morebench.models.room import CPU_TOKENS
 
 WORLD_SIZES = (1, 8, 16, 32)
 COLUMNS = (

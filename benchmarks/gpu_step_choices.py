@@ -1,15 +1,17 @@
 """What the train engine would choose for micro-batches that are given."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from gpu_step_batches import Micro
 
-from morebench.config.schema import Attention, Config, Part, TrainRecipe
-from morebench.models.flops import sizes
-from morebench.models.memory import memory, state_per_rank
+from morebench.config.schema import Attention, Config, TrainRecipe
+from morebench.models.memory import image_bytes, memory
+from morebench.models.room import find_room
 from morebench.training.choices import Choices, this_machine, threads_for
 from morebench.training.choosing import usable
 from morebench.training.probe import Probe
-from morebench.training.room import SHARE
 
 
 def chosen(config: Config, recipe: TrainRecipe, batches: list[Micro], device: torch.device) -> Choices:
@@ -43,16 +45,9 @@ def chosen(config: Config, recipe: TrainRecipe, batches: list[Micro], device: to
 def _recomputed(
     config: Config, recipe: TrainRecipe, batches: list[Micro], attention: Attention, device: torch.device
 ) -> int:
-    """As few blocks as fit, of a trained LLM, unless trainer.recompute says how many."""
-    blocks = sizes(config).llm_layers
-    if Part.llm not in recipe.trainable:
-        return 0
-    if config.trainer.recompute is not None:
-        return round(config.trainer.recompute * blocks)
-    if device.type != "cuda":
-        return 0
-    state = state_per_rank(config, recipe.trainable, config.trainer.strategy, 1)
-    room = int(SHARE * torch.cuda.mem_get_info(device)[0]) - state
+    """As the engine would, had trainer.micro_batch_tokens asked for these micro-batches."""
+    tokens = max(len(micro.batch.input_ids) for micro in batches)
+    config = replace(config, trainer=replace(config.trainer, micro_batch_tokens=tokens))
 
     def kept(micro: Micro, recomputed: int) -> int:
         return sum(
@@ -65,8 +60,12 @@ def _recomputed(
                 recomputed,
                 attention,
             ).sample
+            + len(one.pixels) * image_bytes(config)
             for one in micro.samples
         )
 
-    fitting = (n for n in range(blocks) if max(kept(micro, n) for micro in batches) <= room)
-    return next(fitting, blocks)
+    def heaviest(_: int) -> Callable[[int], float]:
+        return lambda recomputed: max(kept(micro, recomputed) for micro in batches)
+
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return find_room(config, recipe, 1, free, heaviest).recomputed

@@ -40,10 +40,10 @@ def test_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.suffix not in ("", ".safetensors", ".json")]
 
 
-def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 30):
+def test_the_newest_checkpoint_is_kept_and_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 40, 2, 30):  # the second was passed over as damaged: the run went on from the first
         save_checkpoint(tmp_path, step, TENSORS, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000030"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000030"]
 
 
 def test_leftovers_of_killed_starts_are_removed(tmp_path: Path) -> None:

@@ -11,15 +11,15 @@ from factories_training import losses, make_cell, with_trainer
 from morebench.config.schema import Attention, Config, LossKernel, Step, Strategy
 from morebench.data.batch import Batch
 from morebench.errors import ConfigError
+from morebench.models import room
 from morebench.models.loss import loss_kernel_problem
 from morebench.models.memory import state_per_rank
 from morebench.models.mllm import MLLM
-from morebench.training import room
+from morebench.models.room import Room
 from morebench.training.choices import Choices
-from morebench.training.choosing import usable
+from morebench.training.choosing import stage_room, usable
 from morebench.training.files import read_manifest
 from morebench.training.probe import Probe
-from morebench.training.room import Room, find_room
 from morebench.training.run import train
 from morebench.training.stage import Stage, make_stage
 
@@ -61,28 +61,28 @@ def free_for(stage: Stage, tokens: int, recomputed: int) -> int:
 
 def test_first_fewer_tokens_then_recompute_then_still_fewer_tokens(finetune: Stage) -> None:
     stage = with_asked(finetune, micro_batch_tokens=None)
-    assert find_room(stage, 1, free_for(stage, 800, 0)) == Room(800, 0)
-    assert find_room(stage, 1, free_for(stage, 400, 0)) == Room(400, 0)
+    assert stage_room(stage, 1, free_for(stage, 800, 0)) == Room(800, 0)
+    assert stage_room(stage, 1, free_for(stage, 400, 0)) == Room(400, 0)
     blocks = stage.num_blocks
-    assert find_room(stage, 1, free_for(stage, 200, blocks)) == Room(200, blocks)
-    assert find_room(stage, 1, free_for(stage, 200, blocks) - 4).micro_batch_tokens < 200
-    assert find_room(stage, 1, 0) == Room(50, blocks)  # the dry step will say it
+    assert stage_room(stage, 1, free_for(stage, 200, blocks)) == Room(200, blocks)
+    assert stage_room(stage, 1, free_for(stage, 200, blocks) - 4).micro_batch_tokens < 200
+    assert stage_room(stage, 1, 0) == Room(50, blocks)  # the dry step will say it
 
 
 def test_what_is_asked_for_is_kept(finetune: Stage) -> None:
     large = free_for(finetune, 800, 0)
     asked = with_asked(finetune, micro_batch_tokens=400)
     blocks = asked.num_blocks
-    assert find_room(asked, 1, large) == Room(400, 0)
-    assert find_room(asked, 1, free_for(finetune, 400, blocks)) == Room(400, blocks)
-    assert find_room(with_asked(asked, recompute=0.5), 1, large) == Room(400, round(blocks / 2))
-    assert find_room(with_asked(finetune, recompute=0.5), 1, None).recomputed == round(blocks / 2)
+    assert stage_room(asked, 1, large) == Room(400, 0)
+    assert stage_room(asked, 1, free_for(finetune, 400, blocks)) == Room(400, blocks)
+    assert stage_room(with_asked(asked, recompute=0.5), 1, large) == Room(400, round(blocks / 2))
+    assert stage_room(with_asked(finetune, recompute=0.5), 1, None).recomputed == round(blocks / 2)
 
 
 def test_pretrain_recomputes_nothing(config: Config) -> None:
     stage = make_stage(with_trainer(config, micro_batch_tokens=None, recompute=1.0), Step.pretrain, {})
-    assert find_room(stage, 1, None) == Room(room.CPU_TOKENS, 0)
-    assert find_room(with_asked(stage, recompute=None), 1, 0) == Room(50, 0)
+    assert stage_room(stage, 1, None) == Room(room.CPU_TOKENS, 0)
+    assert stage_room(with_asked(stage, recompute=None), 1, 0) == Room(50, 0)
 
 
 def test_kernels_that_cannot_be_used_are_all_named(finetune: Stage) -> None:

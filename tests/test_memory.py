@@ -102,17 +102,17 @@ def test_a_published_cell_fits_where_people_trained_it() -> None:
 
 
 def test_ranks_divide_what_their_strategy_shards() -> None:
-    """In bytes a weight: everything; all but fp32 weights and bf16 copies; all but what is gathered."""
+    """In bytes a weight: everything; all but the bf16 weights; all but what is gathered."""
     config = compose_config(["llm=llama31_8b", "vision=clip"]).config
     trained = STAGES["finetune"]
     whole = memory(config, 1, 0, 0, trained).state
     for strategy in (Strategy.auto, Strategy.ddp):
         assert state_per_rank(config, trained, strategy, 64) == whole
-    assert state_per_rank(config, trained, Strategy.zero2, 1) == whole
+    assert state_per_rank(config, trained, Strategy.zero2, 1) == pytest.approx(whole, rel=0.02)
     many = 10**6
     vision = 2 * sizes(config).vision_weights
     assert (state_per_rank(config, trained, Strategy.zero2, many) - vision) / 8.05e9 == pytest.approx(
-        6, rel=0.05
+        2, rel=0.05
     )
     for strategy in (Strategy.fsdp2, Strategy.zero3):
         states = [state_per_rank(config, trained, strategy, ranks) for ranks in (8, 16, many)]

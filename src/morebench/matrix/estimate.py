@@ -11,7 +11,7 @@ from morebench.matrix.plan import Plan
 from morebench.models.flops import Sizes, llm_shape, sizes, total_flops
 
 _CHECKPOINT_BYTES, _PART_BYTES = 12, 4  # a trained weight: fp32, with AdamW's two moments; alone
-_CHECKPOINTS = 2  # the last good one is kept until the next is whole
+_CHECKPOINTS = 3  # the last two are kept until the next is whole
 _ANSWER_BYTES = 600  # lines of an item in predictions/ and scores/
 
 

@@ -1,15 +1,15 @@
 """Whether a train step fits into the memory of a GPU, with how much recompute, and what would fit."""
 
-from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any
 
-from morebench.config.schema import Config, Part, Strategy, TrainRecipe
+from morebench.config.schema import Config, Strategy, TrainRecipe
 from morebench.matrix.lengths import Reading
 from morebench.matrix.machine import Machine
 from morebench.models.flops import llm_shape, sizes
-from morebench.models.memory import memory, state_per_rank
+from morebench.models.memory import image_bytes, memory, state_per_rank
+from morebench.models.room import SHARE, find_room
 
 _MOST_GPUS = 64  # that are proposed
 
@@ -22,32 +22,23 @@ class Fit:
 
 
 def fit(config: Config, recipe: TrainRecipe, read: Reading, machine: Machine) -> Fit:
-    """With as little recompute as memory demands, unless trainer.recompute says how much.
+    """With the micro-batch and the recompute that the train engine would choose on such a GPU."""
+    assert machine.memory is not None
 
-    A micro-batch holds `trainer.micro_batch_tokens`, or as many as there is room for: at least the longest
-    sample.
-    """
+    def kept(tokens: int) -> Callable[[int], float]:
+        return lambda recomputed: _micro_batch(config, recipe, read, machine.num_gpus, tokens, recomputed)
+
+    room = find_room(config, recipe, machine.num_gpus, machine.memory, kept)
     state = state_per_rank(config, recipe.trainable, config.trainer.strategy, machine.num_gpus)
+    needed = state + kept(room.micro_batch_tokens)(room.recomputed)
     blocks = llm_shape(config)["num_hidden_layers"]
-    room = inf if machine.memory is None else machine.memory
-
-    def needed(recomputed: int) -> float:
-        return state + _micro_batch(config, recipe, read, recomputed)
-
-    recomputed = 0
-    # a frozen linear layer keeps nothing that could be computed again
-    if Part.llm in recipe.trainable and config.trainer.recompute is not None:
-        recomputed = round(config.trainer.recompute * blocks)
-    elif Part.llm in recipe.trainable and needed(0) > room:
-        more = bisect_left(range(1, blocks), True, key=lambda number: needed(number) <= room)
-        recomputed = 1 + more
-    return Fit(needed(recomputed), recomputed / blocks, needed(recomputed) <= room)
+    return Fit(needed, room.recomputed / blocks, needed <= SHARE * machine.memory)
 
 
 def proposal(config: Config, recipe: TrainRecipe, read: Reading, machine: Machine) -> str:
     """For a step that does not fit: the least change that helps."""
     assert machine.gpu is not None
-    short = f"more than the {machine.gpu.memory_gib:g} GiB of {machine.gpu.label}"
+    short = f"more than {SHARE:.0%} of the {machine.gpu.memory_gib:g} GiB of {machine.gpu.label}"
     if config.trainer.micro_batch_tokens is not None:
         config = _with(config, micro_batch_tokens=None)
         if fit(config, recipe, read, machine).fits:
@@ -65,20 +56,21 @@ def _with(config: Config, **changes: Any) -> Config:
     return replace(config, trainer=replace(config.trainer, **changes))
 
 
-def _micro_batch(config: Config, recipe: TrainRecipe, read: Reading, recomputed: int) -> float:
-    """Bytes that the backward pass waits for."""
+def _micro_batch(
+    config: Config, recipe: TrainRecipe, read: Reading, num_gpus: int, tokens: int, recomputed: int
+) -> float:
+    """Bytes that the backward pass waits for: of usual samples, or of the longest one alone."""
     visual = sizes(config).num_visual_tokens
     supervised = read.supervised / max(1.0, read.tokens - read.images * visual)  # of a text
 
     def kept(length: float, images: float) -> float:
         text = max(0.0, length - images * visual)
-        return memory(
+        sample = memory(
             config, length, images, text * supervised, recipe.trainable, recomputed, config.trainer.attention
         ).sample
+        return sample + images * image_bytes(config)
 
-    longest = kept(read.longest, round(read.images / read.samples))
-    if config.trainer.micro_batch_tokens is None:
-        return longest
-    usual = read.tokens / read.samples
-    batch = kept(usual, read.images / read.samples) * config.trainer.micro_batch_tokens / usual
-    return max(longest, batch)
+    usual, images = read.tokens / read.samples, read.images / read.samples
+    # a rank has no more than its part of a global batch
+    number = min(tokens / usual, recipe.global_batch_size / num_gpus)
+    return max(kept(read.longest, round(images)), number * kept(usual, images))

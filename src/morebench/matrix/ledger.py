@@ -202,7 +202,7 @@ def _remove_stale(lock: Path, holder: Owner, me: Owner) -> None:
 
 
 def begin_attempt(folder: Path, me: Owner) -> int:
-    number = len(attempts(folder)) + 1
+    number = sum("begun" in line for line in attempts(folder)) + 1
     _append(folder, {"attempt": number, "host": me.host, "pid": me.pid, "begun": True})
     return number
 

@@ -186,6 +186,17 @@ def _flex(device: str) -> Callable[..., Any]:
     return cast("Callable[..., Any]", kernel)
 
 
+def forget_compiled() -> None:
+    """At the start of a run: torch compiles a function for a handful of shapes and options, then refuses. An
+    LLM after the other in one process would use them up.
+    """
+    _flex.cache_clear()
+    _capped.cache_clear()
+    torch.compiler.reset()
+    # a Gemma-2 alone has 6 kinds: window or none, one length or any, gradients or none
+    torch._dynamo.config.recompile_limit = 64
+
+
 @cache
 def _varlen() -> Callable[..., Any]:
     from torch.nn.attention.varlen import varlen_attn  # not in every torch we run on

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
+from morebench.config.compose import load_shape
 from morebench.config.schema import Attention, Config, Part, Strategy
 from morebench.models.flops import Count, Sizes, head_dim, llm_shape, sizes
 
@@ -44,6 +45,9 @@ _KEPT = {
 # Of a recomputed block, per token and unit of the hidden size: fp32, as only trained LLMs are recomputed.
 _BLOCK_INPUT = 4
 
+# Of each colour of a pixel: as the workers make it, and in the encoder's bf16.
+_COLOUR = 6
+
 
 @dataclass(frozen=True)
 class Memory(Generic[Count]):
@@ -83,6 +87,12 @@ def memory(
     )
 
 
+def image_bytes(config: Config) -> int:
+    """Of one image's pixels, which no backward pass needs but which are there."""
+    side = load_shape(config.vision.shape)["image_size"] * max(config.resolution.scales)
+    return 3 * side**2 * _COLOUR
+
+
 def state_per_rank(config: Config, trained: Collection[Part], strategy: Strategy, world_size: int) -> int:
     """Bytes of weights, gradients and AdamW's moments that are on every device all the time.
 
@@ -107,14 +117,14 @@ def state_per_rank(config: Config, trained: Collection[Part], strategy: Strategy
         # whole until they are reduced, in the dtype they are reduced in
         gathered += _GRADIENT * ((embeddings + block) * llm[2] + sum(model.projector) * projector[2])
         return vision + gathered + -(-sum(shards) // world_size)
-    # ZeRO-2 shards moments and gradients; under DDP every rank has all
-    ranks = world_size if strategy is Strategy.zero2 else 1
     state = vision
     for weights, multiplied, is_trained in (llm, projector):
-        if is_trained:
-            state += _MASTER * weights + _COPY * multiplied + -(-(_GRADIENT + _MOMENTS) * weights // ranks)
-        else:
+        if not is_trained:
             state += _FROZEN * weights
+        elif strategy is Strategy.zero2:  # whole to compute with, shared out for the optimizer
+            state += _COPY * weights + -(-(_MASTER + _GRADIENT + _MOMENTS) * weights // world_size)
+        else:
+            state += (_MASTER + _GRADIENT + _MOMENTS) * weights + _COPY * multiplied
     return state
 
 

@@ -1,22 +1,22 @@
 """Choosing: tokens and recompute from memory, kernels and compiling by measurement on the GPU at hand."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TypeVar
 
 import torch
 from lightning.pytorch import Trainer as LightningTrainer
 
-from morebench.config.schema import Attention, Config, LossKernel, Precision, TrainRecipe
+from morebench.config.schema import Attention, Config, LossKernel, Precision, Strategy, TrainRecipe
 from morebench.errors import ConfigError, join_problems
 from morebench.models.attention_gpu import attention_problem
 from morebench.models.blocks import compile_blocks, recompute_blocks
 from morebench.models.flops import head_dim, llm_shape
 from morebench.models.loss import loss_kernel_problem
 from morebench.models.mllm import MLLM
+from morebench.models.room import Room, find_room
 from morebench.training.choices import Choices, Machine, threads_for
 from morebench.training.probe import Probe
-from morebench.training.room import Room, find_room
 from morebench.training.stage import Stage
 from morebench.training.strategy import connect
 
@@ -27,7 +27,7 @@ def choose(stage: Stage, machine: Machine, trainer: LightningTrainer) -> Choices
     """The same on all ranks. Raises ConfigError for all kernels of the config that cannot be used."""
     attentions, losses = usable(stage.config, stage.recipe, machine.device)
     if machine.device != "cuda":
-        return _choices(stage, machine, find_room(stage, machine.world_size, None), attentions[0], losses[0])
+        return _choices(stage, machine, stage_room(stage, machine.world_size, None), attentions[0], losses[0])
     connect(trainer)  # for what the first rank measures to become everyone's
     chosen = _measured(stage, machine, trainer, attentions, losses) if trainer.is_global_zero else None
     agreed = trainer.strategy.broadcast(chosen)
@@ -61,6 +61,18 @@ def usable(config: Config, recipe: TrainRecipe, device: str) -> tuple[list[Atten
     )
 
 
+def stage_room(
+    stage: Stage, world_size: int, free: int | None, attention: Attention = Attention.loop
+) -> Room:
+    """For the heaviest micro-batch of the stage. `free`: bytes; None for a CPU."""
+
+    def kept(tokens: int) -> Callable[[int], float]:
+        plan = stage.plan(world_size, stage.micro_batches(world_size, tokens))
+        return lambda recomputed: float(plan.loads(stage.memory(recomputed, attention)).max())
+
+    return find_room(stage.config, stage.recipe, world_size, free, kept)
+
+
 def apply_choices(mllm: MLLM, choices: Choices) -> None:
     """Before the strategy shards or wraps anything."""
     mllm.attention = Attention[choices.attention]
@@ -87,9 +99,11 @@ def _measured(
     device = trainer.strategy.root_device
     free, _ = torch.cuda.mem_get_info(device)
     # the loop stands first, and alone may keep a matrix of scores: it is seldom the fastest
-    room = find_room(stage, machine.world_size, free, attentions[-1])
+    room = stage_room(stage, machine.world_size, free, attentions[-1])
     plan = stage.plan(machine.world_size, stage.micro_batches(machine.world_size, room.micro_batch_tokens))
     asked = stage.config.trainer.compile
+    if stage.config.trainer.strategy is Strategy.zero3:  # its hooks in a block are not in what is measured
+        asked = bool(asked)
     compiles = [False, True] if asked is None else [asked]
     if len(attentions) == len(losses) == len(compiles) == 1:  # nothing is open
         return _choices(stage, machine, room, attentions[0], losses[0], compiles[0])
@@ -102,7 +116,7 @@ def _measured(
     loss_kernel = probe.fastest("loss_kernel", losses, probe.lose_by)
     compiled = probe.fastest("compile", compiles, probe.compile_or_not)
     if attention is Attention.loop and attentions[-1] is not Attention.loop:
-        room = find_room(stage, machine.world_size, free, attention)
+        room = stage_room(stage, machine.world_size, free, attention)
     return _choices(stage, machine, room, attention, loss_kernel, compiled)
 
 

@@ -56,6 +56,8 @@ class DryStep(Callback):
             memory = f", peak memory {_gib(torch.cuda.max_memory_allocated(device))}" if on_gpu else ""
             text = f"{self._label}: the largest micro-batch fits: {_size(batch)}, {seconds:.1f} s{memory}."
             print(text, file=sys.stderr, flush=True)
+        if on_gpu:  # or the first step's peak would be this one
+            torch.cuda.reset_peak_memory_stats(device)
 
     def _try(self, trainer: Trainer, module: StageModule, batch: Batch) -> bool:
         try:

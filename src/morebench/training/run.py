@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from morebench.config.compose import ROOT
 from morebench.config.schema import Config, Step
 from morebench.errors import Interrupted, RunError
+from morebench.models.attention_gpu import forget_compiled
 from morebench.models.parts import save_parts
 from morebench.training.choices import Choices, this_machine
 from morebench.training.choosing import choose, smaller
@@ -54,6 +55,7 @@ def train(
         remove_folder(folder / CHECKPOINTS)
         return
     started = time.monotonic()
+    forget_compiled()
     recipe, _ = recipe_of(config, step)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
@@ -62,7 +64,10 @@ def train(
         trainer = make_trainer(config.trainer, recipe)
         is_first = trainer.is_global_zero
         watchdog = stack.enter_context(Watchdog(config.trainer.hang_timeout_minutes, trainer.global_rank))
-        checkpoint = newest_checkpoint(folder / CHECKPOINTS, say)
+        unusable: list[str] = []
+        checkpoint = newest_checkpoint(folder / CHECKPOINTS, unusable.append)
+        for text in unusable:
+            say(text)
         _check_same_start(trainer, checkpoint, folder / CHECKPOINTS)
         before = spent_before(folder, folder / METRICS) if is_first else Spent()
         planned = read_manifest(folder).get("planned_data")
@@ -77,7 +82,7 @@ def train(
         while True:
             if is_first:
                 folder.mkdir(parents=True, exist_ok=True)
-                _begin_manifest(folder, stage, choices, checkpoint, same, before)
+                _begin_manifest(folder, stage, choices, checkpoint, same, before, len(unusable))
             if stop.signal_name is not None:
                 raise Interrupted(f"{stop.signal_name} asked to stop before the first optimizer step.")
             start = Start(step.name, folder, checkpoint, before, started, stop, fence, watchdog)
@@ -131,11 +136,23 @@ def _choose(stage: Stage, trainer: LightningTrainer, checkpoint: Checkpoint | No
 
 
 def _begin_manifest(
-    folder: Path, stage: Stage, choices: Choices, checkpoint: Checkpoint | None, same: bool, before: Spent
+    folder: Path,
+    stage: Stage,
+    choices: Choices,
+    checkpoint: Checkpoint | None,
+    same: bool,
+    before: Spent,
+    num_unusable: int,
 ) -> None:
     anomalies = read_manifest(folder).get("anomalies", []) if checkpoint is not None else []
+    text = None
     if checkpoint is not None and not same:
-        anomalies.append(f"went on after {checkpoint.step} optimizer steps on another machine: not bit-exact")
+        text = f"went on after {checkpoint.step} optimizer steps on another machine: not bit-exact"
+    elif checkpoint is None and num_unusable:
+        text = f"began again from the first step: none of {num_unusable} checkpoints was usable"
+        say(f"{text[0].upper()}{text[1:]}.")
+    if text is not None and text not in anomalies:
+        anomalies.append(text)
     plan = stage.plan(choices.machine.world_size, choices.micro_batches)
     if plan.idle_share:
         say(

@@ -22,7 +22,7 @@ from morebench.data.validation import validation_slice
 from morebench.errors import ConfigError, DataError
 from morebench.models.flops import sample_flops, sizes
 from morebench.models.llm import load_tokenizer
-from morebench.models.memory import memory
+from morebench.models.memory import image_bytes, memory
 from morebench.models.mllm import MLLM
 from morebench.models.parts import build_mllm
 from morebench.models.rope import check_max_length
@@ -30,8 +30,6 @@ from morebench.models.weights import folder_hash, starting_weights
 from morebench.training.features import open_features
 from morebench.training.files import sha256
 from morebench.training.strategy import creates_sharded
-
-_BYTES_PER_PIXEL = 6  # as the workers make them, and in the encoder's bf16
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,7 @@ class Stage:
         kept = memory(
             self.config, lengths, num_images, supervised, self.recipe.trainable, recomputed, attention
         ).sample
-        pixels = 3 * self.mllm.vision.image_size**2
-        return kept + num_images * pixels * _BYTES_PER_PIXEL
+        return kept + num_images * image_bytes(self.config)
 
     def micro_batches(self, world_size: int, micro_batch_tokens: int) -> int:
         return micro_batches_for(

@@ -123,8 +123,10 @@ def commit(
         fence()
         remove_folder(target)  # a corrupt one of the same step
         replace(aside, target)
-    for other in checkpoint_folders(root):
-        if other != target:
+    others = sorted(path for path in checkpoint_folders(root) if path != target)
+    before = [path for path in others if path.name < target.name][-1:]  # should this one rot on the disk
+    for other in others:
+        if other not in before:
             remove_folder(other)
     return target
 

@@ -1,11 +1,12 @@
-"""How many tokens a micro-batch may have, and how many blocks are computed twice, for a step to fit."""
+"""How many tokens a micro-batch has, and how many blocks are computed twice, for a step to fit: no torch."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from morebench.config.schema import Attention, Part
+from morebench.config.schema import Config, Part, TrainRecipe
+from morebench.models.flops import llm_shape
 from morebench.models.memory import state_per_rank
-from morebench.training.stage import Stage
 
 # Of the device's free memory. The rest is what no estimate counts: gradients of activations on their way,
 # logits of one chunk, workspaces of cuBLAS and NCCL, gaps in the allocator. The dry step has the last word.
@@ -19,6 +20,9 @@ _LEAST_TOKENS = 512
 # Without a device memory to fill. Larger micro-batches are no faster on a CPU.
 CPU_TOKENS = 16_384
 
+# tokens of a micro-batch -> recomputed blocks -> bytes that the backward pass waits for
+Kept = Callable[[int], Callable[[int], float]]
+
 
 @dataclass(frozen=True)
 class Room:
@@ -26,24 +30,18 @@ class Room:
     recomputed: int  # blocks of the LLM
 
 
-def find_room(stage: Stage, world_size: int, free: int | None, attention: Attention = Attention.loop) -> Room:
+def find_room(config: Config, recipe: TrainRecipe, world_size: int, free: float | None, kept: Kept) -> Room:
     """`free`: bytes of a device that holds nothing yet; None for a CPU, where all fits.
 
     As many tokens as fit, down to `BUSY_TOKENS`; then as few recomputed blocks as fit; then fewer tokens.
     What the config says is kept. If nothing fits, the smallest, for the dry step to judge.
     """
-    trainer, blocks = stage.config.trainer, stage.num_blocks
-    llm_trained = Part.llm in stage.recipe.trainable  # a frozen one keeps little: nothing is recomputed
+    trainer, blocks = config.trainer, llm_shape(config)["num_hidden_layers"]
+    llm_trained = Part.llm in recipe.trainable  # a frozen one keeps little: nothing is recomputed
     asked = None if trainer.recompute is None else round(trainer.recompute * blocks) * llm_trained
     if free is None:
         return Room(trainer.micro_batch_tokens or CPU_TOKENS, asked or 0)
-    state = state_per_rank(stage.config, stage.recipe.trainable, trainer.strategy, world_size)
-    room = int(SHARE * free) - state
-
-    def fits(tokens: int) -> Callable[[int], bool]:
-        plan = stage.plan(world_size, stage.micro_batches(world_size, tokens))
-        return lambda recomputed: plan.loads(stage.memory(recomputed, attention)).max() <= room
-
+    room = SHARE * free - state_per_rank(config, recipe.trainable, trainer.strategy, world_size)
     most = blocks if llm_trained else 0
     if trainer.micro_batch_tokens is not None:
         sizes = [trainer.micro_batch_tokens]
@@ -52,12 +50,12 @@ def find_room(stage: Stage, world_size: int, free: int | None, attention: Attent
         while sizes[-1] > _LEAST_TOKENS:
             sizes.append(sizes[-1] // 2)
     for tokens in sizes:
-        fit = fits(tokens)
-        if asked is not None:
-            if fit(asked):
-                return Room(tokens, asked)
-        elif fit(0):
-            return Room(tokens, 0)
-        elif (tokens <= BUSY_TOKENS or len(sizes) == 1) and fit(most):
-            return Room(tokens, next(number for number in range(1, most + 1) if fit(number)))
+        needed = kept(tokens)
+        if needed(asked or 0) <= room:
+            return Room(tokens, asked or 0)
+        may_recompute = asked is None and (tokens <= BUSY_TOKENS or len(sizes) == 1)
+        if may_recompute and needed(most) <= room:
+            # one block more always keeps less, and `most` fits
+            fewer = bisect_left(range(1, most), True, key=lambda number: needed(number) <= room)
+            return Room(tokens, 1 + fewer)
     return Room(sizes[-1], most if asked is None else asked)
