@@ -111,7 +111,10 @@ def make_task(folder: Path, name: str, generator: np.random.Generator) -> Task:
     (folder / f"{name}.json").write_text(json.dumps(records))
     place = TaskData(
         hub_id=None,
+        also_at=None,
         config=None,
+        image_config=None,
+        image_field=None,
         split=None,
         revision=None,
         folder="toy",

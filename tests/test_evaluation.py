@@ -1,7 +1,7 @@
 """A whole evaluation of a tiny cell: what it leaves, how it continues, what it refuses."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from PIL import Image
 
 from morebench.config.schema import Config, Part, Profile, Suite
 from morebench.errors import ConfigError, DataError, FencedError, MorebenchError, WeightsError
-from morebench.evaluation import run
-from morebench.evaluation.generate import Answer
+from morebench.evaluation.controls import blind
+from morebench.evaluation.generate import Answer, Generator, Request
+from morebench.evaluation.items import StoredImage
 from morebench.evaluation.predictions import PredictionsFile
 from morebench.evaluation.records import open_task
-from morebench.evaluation.run import evaluate, seen
+from morebench.evaluation.run import evaluate
 from morebench.models import rope
 from morebench.models.parts import build_mllm, save_parts
 from morebench.models.weights import starting_weights
@@ -154,15 +155,15 @@ def test_an_evaluation_that_was_taken_over_writes_nothing_more(
 
 def count_generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the size of every batch that is generated from now on."""
-    real: Callable[..., list[Answer]] = run.generate
+    real = Generator.answer
     sizes: list[int] = []
 
-    def counted(*arguments: Any) -> list[Answer]:
-        answers = real(*arguments)
+    def counted(self: Generator, requests: Sequence[Request]) -> list[Answer]:
+        answers = real(self, requests)
         sizes.append(len(answers))
         return answers
 
-    monkeypatch.setattr(run, "generate", counted)
+    monkeypatch.setattr(Generator, "answer", counted)
     return sizes
 
 
@@ -211,10 +212,10 @@ def test_odd_characters_in_an_answer_do_not_end_its_line(tmp_path: Path) -> None
 def test_blind_shows_the_mean_colour_in_the_same_size() -> None:
     image = Image.new("RGB", (6, 2), (0, 0, 0))
     image.paste((90, 30, 7), (0, 0, 2, 2))
-    blind = seen(image, "blind")
-    assert blind.size == image.size
-    assert blind.getcolors() == [(12, (30, 10, 2))]
-    assert seen(image, None) is image
+    shown = blind(StoredImage("a", "a.png", lambda: image))
+    assert shown.key != "a"
+    assert shown.load().size == image.size
+    assert shown.load().getcolors() == [(12, (30, 10, 2))]
 
 
 @pytest.mark.parametrize(

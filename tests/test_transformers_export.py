@@ -19,8 +19,9 @@ from morebench.config.schema import Precision, Resolution
 from morebench.data.chat import Encoded
 from morebench.data.images import load_image
 from morebench.errors import ConfigError, RunError
-from morebench.evaluation import run as evaluation
 from morebench.evaluation.generate import Answer, generate, generation_attention
+from morebench.evaluation.items import StoredImage
+from morebench.evaluation.model import load_model
 from morebench.models.transformers_export import export, with_mean_row
 from morebench.models.transformers_processor import nearest_backend
 from morebench.models.vision_layouts import as_transformers
@@ -48,7 +49,7 @@ class Case:
         """-> `[I, V, D]`"""
         if "<image>" not in question:
             return torch.zeros(0, 9, self.ours.mllm.llm.config.hidden_size)
-        return self.ours.encode([self.image], None)[self.image][None]
+        return self.ours.encode([StoredImage("", self.image.name, lambda: load_image(self.image))])
 
     def pixels(self) -> Tensor:
         """float32 [1, 3, S, S]: what our vision encoder gets."""
@@ -108,7 +109,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(
         run,
         folder,
-        evaluation._load(run.config, run.folder),
+        load_model(run.config, run.folder, torch.device("cpu")),
         LlavaForConditionalGeneration.from_pretrained(folder),
         AutoProcessor.from_pretrained(folder, backend=nearest_backend(run.config.vision.image)),
         root / "picture.png",
@@ -265,7 +266,7 @@ def test_bf16_is_what_was_scored(tmp_path: Path) -> None:
     export(run.folder, tmp_path / "out")
     model: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    ours = evaluation._load(run.config, run.folder).mllm
+    ours = load_model(run.config, run.folder, torch.device("cpu")).mllm
     assert torch.equal(
         model.model.language_model.layers[0].mlp.up_proj.weight, ours.llm.model.layers[0].mlp.up_proj.weight
     )

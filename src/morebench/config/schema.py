@@ -230,7 +230,7 @@ class EvaluateRecipe:
     profile: Profile
     image_aspect_ratio: AspectRatio
     precision: Precision
-    controls: list[str]  # e.g. [blind]: the same questions with every image replaced by its mean colour
+    controls: list[str]  # [blind, shuffled]: the same questions about the image's mean colour, another image
 
 
 @dataclass(kw_only=True)
@@ -246,7 +246,10 @@ class TaskData:
     """Where a task's records come from: the hub (or a local mirror of it), or a JSON list."""
 
     hub_id: str | None
+    also_at: str | None = unidentified()  # hub id of a second copy, looked for when the first is not there
     config: str | None
+    image_config: str | None  # rows with the images, where the records have none but the id of one
+    image_field: str | None  # of a record: the `id` of its row in image_config
     split: str | None
     revision: str | None
     folder: str = unidentified()  # below paths.data: a local mirror, or the records below
@@ -303,7 +306,9 @@ class Trainer:
     hang_timeout_minutes: float = bounded(0)  # without a micro-batch; then the run ends, resumable; 0: never
     gpu: str | None  # file stem below conf/gpus that `plan` estimates for; null: the one of this machine
     usd_per_gpu_hour: float | None = bounded(0)  # what `plan` multiplies GPU-hours by; null: no price
-    evaluate_batch_size: int = bounded(1)
+    evaluate_batch_size: int = bounded(1)  # questions that are answered at once on one device
+    evaluate_cache_gib: float | None = bounded(0)  # for images that questions share; null: as memory allows
+    flip_sample: int = bounded(0)  # items answered once more alone, to count the answers that a batch changes
 
 
 @dataclass(kw_only=True)
@@ -340,6 +345,7 @@ class Config:
     unchecked_data: UncheckedData
     max_quarantined: float = bounded(0, 1)  # share of a data set's records; above it no cell is trained
     features: Features
+    download: bool  # records that are not on this machine may be fetched from the hub
     parent: str | None  # run id or folder to start from instead of this cell's own previous step
     experiments: str | None  # files in experiments/ (-m experiments=a,b); in a cell, the one it comes from
 

@@ -14,10 +14,21 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from morebench.data.chat import Encoded
 from morebench.errors import NonFiniteError
+from morebench.evaluation.items import StoredImage
+from morebench.evaluation.model import LoadedModel
 from morebench.models.mllm import MLLM
 
 # Two best logits closer than this may change places with the batch, by rounding alone.
 NEAR_TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class Request:
+    """`images`: one per image of the prompt, in order."""
+
+    prompt: Encoded
+    images: tuple[StoredImage, ...]
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,36 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Positions in `lengths`, like lengths together, the longest first: out of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def plan_chunks(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+    """Positions in `requests` of what is answered together: a function of the requests alone, so that the
+    same ones ride together on any number of devices and after any resume.
+    """
+    return length_batches([len(request.prompt.input_ids) for request in requests], batch_size)
+
+
+class Generator:
+    """Call inside `generation_attention`."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """One chunk's answers, in order. Raises NonFiniteError, and SampleError for an image."""
+        model = self._model
+        return generate(
+            model.mllm,
+            model.tokenizer,
+            model.end_token_ids(),
+            [request.prompt for request in requests],
+            [model.encode(request.images) for request in requests],
+            max(request.max_new_tokens for request in requests),
+        )
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """The answer's text in pieces, as they come."""
+        yield self.answer([request])[0].text
 
 
 @torch.inference_mode()

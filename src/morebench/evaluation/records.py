@@ -2,34 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from morebench.config.compose import build
 from morebench.config.schema import Paths, Profile, Task, TaskData
 from morebench.data.image_folder import ImageFolder
+from morebench.data.images import load_image
 from morebench.errors import DataError, join_problems
-from morebench.evaluation.tasks.benchmark import Benchmark, Question, Record
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question of a task. `images` are files, one per image token of the question."""
-
-    index: int  # in the task's records
-    id: str
-    record: Record
-    question: Question
-    images: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
-class OpenTask:
-    name: str
-    benchmark: Benchmark
-    items: Sequence[Item]
-    max_new_tokens: int
+from morebench.evaluation.items import Item, OpenTask, StoredImage
+from morebench.evaluation.tasks.benchmark import Benchmark, Record
 
 
 def open_task(name: str, task: Task, paths: Paths, profile: Profile) -> OpenTask:
@@ -98,7 +80,12 @@ def _item(index: int, record: Record, benchmark: Benchmark, profile: Profile, fo
         ) from error
     if absent := [field for field in question.images if field not in record]:
         raise DataError(f"no field {', '.join(absent)}")
-    images = tuple(folder.path(str(record[field])) for field in question.images)
-    if gone := [str(image) for image in images if not image.is_file()]:
+    names = [str(record[field]) for field in question.images]
+    paths = [folder.path(name) for name in names]
+    if gone := [str(path) for path in paths if not path.is_file()]:
         raise DataError(f"image {', '.join(gone)} does not exist")
+    images = tuple(
+        StoredImage(hashlib.sha256(path.read_bytes()).hexdigest(), name, partial(load_image, path))
+        for name, path in zip(names, paths, strict=True)
+    )
     return Item(index, str(record.get("id", index)), record, question, images)

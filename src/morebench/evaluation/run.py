@@ -3,66 +3,30 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageStat
-from torch import Tensor
 
-from morebench.config.compose import ROOT, load_chat_format
-from morebench.config.schema import LLM, Config, Part, Profile
-from morebench.data.chat import ChatFormat, Encoded
-from morebench.data.image_processor import ImageProcessor
-from morebench.data.images import load_image
-from morebench.errors import ConfigError
-from morebench.evaluation.generate import generate, generation_attention, length_batches
+from morebench.config.compose import ROOT
+from morebench.config.schema import Config, Profile
+from morebench.data.chat import Encoded
+from morebench.evaluation.controls import blind, check_controls
+from morebench.evaluation.generate import Generator, Request, generation_attention, plan_chunks
+from morebench.evaluation.items import Item, OpenTask
+from morebench.evaluation.model import LoadedModel, load_model
 from morebench.evaluation.predictions import PredictionsFile, write_lines
-from morebench.evaluation.records import Item, OpenTask, open_task
+from morebench.evaluation.records import open_task
 from morebench.evaluation.scoring import score_items
-from morebench.models.llm import load_tokenizer
-from morebench.models.mllm import MLLM
-from morebench.models.parts import build_mllm, load_part
 from morebench.models.rope import check_answers
-from morebench.models.weights import starting_weights
 from morebench.progress import track
 from morebench.training.choices import threads_for
 from morebench.training.fence import Fence, unfenced
 from morebench.training.files import update_manifest, write_atomically
 from morebench.training.provenance import provenance
 from morebench.training.strategy import exact_arithmetic
-
-BLIND = "blind"
-
-
-@dataclass(frozen=True)
-class _Model:
-    mllm: MLLM
-    tokenizer: Any
-    chat: ChatFormat
-    processor: ImageProcessor
-    batch_size: int
-    llm: LLM
-
-    @property
-    def device(self) -> torch.device:
-        return self.mllm.llm.device
-
-    @torch.inference_mode()
-    def encode(self, files: Sequence[Path], control: str | None) -> dict[Path, Tensor]:
-        """Visual tokens of each image, `[V, D]`, on the CPU."""
-        encoded: dict[Path, Tensor] = {}
-        unique = list(dict.fromkeys(files))
-        for start in range(0, len(unique), self.batch_size):
-            chunk = unique[start : start + self.batch_size]
-            images = [seen(load_image(path), control) for path in chunk]
-            pixels = torch.from_numpy(np.stack([self.processor(image) for image in images]))
-            visual_IVD = self.mllm.encode_images(pixels.to(self.device)).cpu()
-            encoded |= dict(zip(chunk, visual_IVD, strict=True))
-        return encoded
 
 
 def evaluate(config: Config, folder: Path, parent: Path, fence: Fence = unfenced) -> None:
@@ -73,11 +37,11 @@ def evaluate(config: Config, folder: Path, parent: Path, fence: Fence = unfenced
     """
     started = time.monotonic()
     recipe = config.stage.evaluate
-    if unknown := set(recipe.controls) - {BLIND}:
-        raise ConfigError(f"stage.evaluate.controls: there is no {sorted(unknown)}. There is: {BLIND}.")
+    check_controls(recipe.controls)
     tasks = [open_task(name, task, config.paths, recipe.profile) for name, task in config.suite.tasks.items()]
     with exact_arithmetic(threads_for(config.trainer)):
-        model = _load(config, parent)
+        on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+        model = load_model(config, parent, torch.device("cuda" if on_gpu else "cpu"))
         results: dict[str | None, dict[str, Any]] = {None: {}, **{control: {} for control in recipe.controls}}
         with generation_attention(model.mllm.llm):
             for task in tasks:
@@ -99,82 +63,36 @@ def evaluate(config: Config, folder: Path, parent: Path, fence: Fence = unfenced
     write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
 
 
-def seen(image: Image.Image, control: str | None) -> Image.Image:
-    """What the model is shown: the image, or under `blind` its mean colour in its size."""
-    if control is None:
-        return image
-    mean = tuple(round(channel) for channel in ImageStat.Stat(image).mean)
-    return Image.new("RGB", image.size, mean)
-
-
-def _load(config: Config, parent: Path) -> _Model:
-    weights = starting_weights(config)
-    tokenizer = load_tokenizer(config.llm, weights[Part.llm])
-    chat = ChatFormat.from_dict(load_chat_format(config.stage.finetune.chat_format or config.llm.chat_format))
-    chat.check(tokenizer)
-    # Built from the starting folders first: their config.json has more fields than the shape.
-    mllm = build_mllm(config, weights, config.stage.evaluate.precision)
-    for part in dict.fromkeys([Part.projector, *config.stage.finetune.trainable]):
-        load_part(mllm, part, parent / f"{part.name}.safetensors")
-    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    mllm.eval().to("cuda" if on_gpu else "cpu")
-    return _Model(
-        mllm,
-        tokenizer,
-        chat,
-        ImageProcessor(
-            config.vision.image,
-            mllm.vision.image_size,
-            config.stage.evaluate.image_aspect_ratio,
-            max(config.resolution.scales),
-        ),
-        config.trainer.evaluate_batch_size,
-        config.llm,
-    )
-
-
 def _answer(
-    model: _Model, task: OpenTask, control: str | None, folder: Path, fence: Fence
+    model: LoadedModel, task: OpenTask, control: str | None, folder: Path, fence: Fence
 ) -> list[dict[str, Any]]:
     """Prediction lines of every item, in record order."""
-    prompts = [
-        model.chat.encode_prompt(item.question.text, model.tokenizer, model.mllm.vision.num_visual_tokens)
-        for item in task.items
-    ]
-    lengths = [len(prompt.input_ids) for prompt in prompts]
-    check_answers(model.llm, lengths, task.max_new_tokens, task.name)
-    hashes = {item.index: _prompt_hash(prompt) for item, prompt in zip(task.items, prompts, strict=True)}
+    requests = [_request(model, task, item, control) for item in task.items]
+    check_answers(model.llm, [len(r.prompt.input_ids) for r in requests], task.max_new_tokens, task.name)
+    hashes = {item.index: _prompt_hash(r.prompt) for item, r in zip(task.items, requests, strict=True)}
     with PredictionsFile(folder / "predictions" / _file(task.name, control), hashes) as file:
-        # The batches of an uninterrupted run, whatever is done already: so a resume computes the same bits.
-        batches = [[task.items[i] for i in batch] for batch in length_batches(lengths, model.batch_size)]
-        batches = [batch for batch in batches if any(item.index not in file.lines for item in batch)]
-        visual = model.encode(
-            [image for batch in batches for item in batch for image in item.images], control
-        )
-        ends = model.chat.end_token_ids(model.tokenizer)
-        for batch in track(batches, f"{task.name}{f' {control}' if control else ''}"):
-            answers = generate(
-                model.mllm,
-                model.tokenizer,
-                ends,
-                [prompts[item.index] for item in batch],
-                [_stacked(visual, item, model) for item in batch],
-                task.max_new_tokens,
-            )
+        # The chunks of an uninterrupted run, whatever is done already: so a resume computes the same bits.
+        chunks = [
+            chunk
+            for chunk in plan_chunks(requests, model.batch_size)
+            if any(task.items[i].index not in file.lines for i in chunk)
+        ]
+        generator = Generator(model)
+        for chunk in track(chunks, f"{task.name}{f' {control}' if control else ''}"):
+            answers = generator.answer([requests[i] for i in chunk])
             fence()
             file.append(
-                _line(task, item, hashes[item.index], asdict(answer))
-                for item, answer in zip(batch, answers, strict=True)
-                if item.index not in file.lines
+                _line(task, task.items[i], hashes[task.items[i].index], asdict(answer))
+                for i, answer in zip(chunk, answers, strict=True)
+                if task.items[i].index not in file.lines
             )
         fence()
         return file.finish()
 
 
-def _stacked(visual: Mapping[Path, Tensor], item: Item, model: _Model) -> Tensor:
-    if not item.images:
-        return torch.zeros(0, model.mllm.vision.num_visual_tokens, model.mllm.llm.config.hidden_size)
-    return torch.stack([visual[image] for image in item.images])
+def _request(model: LoadedModel, task: OpenTask, item: Item, control: str | None) -> Request:
+    images = item.images if control is None else tuple(blind(image) for image in item.images)
+    return Request(model.prompt(item.question.text), images, task.max_new_tokens)
 
 
 def _prompt_hash(prompt: Encoded) -> str:
@@ -185,7 +103,7 @@ def _line(task: OpenTask, item: Item, prompt_hash: str, answer: dict[str, Any]) 
     return {
         "index": item.index,
         "id": item.id,
-        "image": ", ".join(str(item.record[field]) for field in item.question.images),
+        "image": ", ".join(image.name for image in item.images),
         "question": item.question.text,
         "target": task.benchmark.target(item.record),
         "prediction": answer.pop("text"),

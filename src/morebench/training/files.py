@@ -70,8 +70,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def remove_leftovers(path: Path) -> None:
+    """What killed writers of a file left beside it; for a file that has one writer at a time."""
+    for leftover in path.parent.glob(f".{path.name}.tmp-*"):
+        leftover.unlink(missing_ok=True)
+
+
 def update_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
     """Set fields of `manifest.json`; the others belong to someone else and stay."""
+    remove_leftovers(folder / "manifest.json")
     manifest = {**read_manifest(folder), **fields}
     write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
