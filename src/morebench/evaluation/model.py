@@ -50,15 +50,13 @@ class LoadedModel:
         """-> visual tokens `[I, V, D]` on the model's device. Raises SampleError."""
         width = self.mllm.llm.config.hidden_size
         pieces = [torch.zeros(0, self.mllm.vision.num_visual_tokens, width, device=self.device)]
-        batches = [
-            images[start : start + _IMAGES_AT_ONCE] for start in range(0, len(images), _IMAGES_AT_ONCE)
-        ]
-        with ThreadPoolExecutor(_READERS) as pool:
-            coming = [pool.submit(self._pixels, image) for image in batches[0]] if batches else []
-            for following in [*batches[1:], []] if batches else []:
-                # the next ones are read while the device encodes these
-                ready, coming = coming, [pool.submit(self._pixels, image) for image in following]
-                pixels = torch.from_numpy(np.stack([future.result() for future in ready]))
+        with ThreadPoolExecutor(_READERS) as pool:  # the next ones are read while the device encodes
+            read = [
+                pool.map(self._pixels, images[start : start + _IMAGES_AT_ONCE])
+                for start in range(0, len(images), _IMAGES_AT_ONCE)
+            ]
+            for batch in read:
+                pixels = torch.from_numpy(np.stack(list(batch)))
                 pieces.append(self.mllm.encode_images(pixels.to(self.device)))
         return torch.cat(pieces)
 
@@ -66,9 +64,9 @@ class LoadedModel:
         return self.processor(image.load())
 
     def cache_positions(self, gib: float | None) -> int:
-        """Positions of the LLM's cache in so much memory; None: half of what is free on a GPU, 2 GiB on a CPU.
+        """How much of the LLM's cache fits. None: half of what is free on a GPU, 2 GiB on a CPU.
 
-        The other half is for images on their way and what a pass over the LLM computes.
+        The other half is for images and for what a pass over the LLM computes.
         """
         if gib is None:
             on_gpu = self.device.type == "cuda"
