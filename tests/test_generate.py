@@ -1,29 +1,43 @@
 """An answer does not depend on what was answered beside it, on any family; real classes, random weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from factories_evaluation import FAMILIES, byte_tokenizer, chat_format, tiny_mllm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from morebench.config.schema import AspectRatio, ImageProcessing, Interpolation, Resize
 from morebench.data.image_processor import ImageProcessor
+from morebench.errors import NonFiniteError
+from morebench.evaluation import cached_attention, decoding
+from morebench.evaluation.chunks import groups_of, plan_chunks, prefix_length
 from morebench.evaluation.generate import (
+    NEAR_TIE,
     Answer,
     Generator,
     Request,
+    count_flips,
+    generation_attention,
 )
 from morebench.evaluation.items import StoredImage
 from morebench.evaluation.model import LoadedModel
+from morebench.models.rope import fixed_positions, forget_rotation
 
 NUM_QUESTIONS = 24
-# phi3 with longrope rotates otherwise beyond a length that some prompts have, some answers cross, some never.
-KINDS = (*FAMILIES, "longrope")
+# Two kinds rotate otherwise beyond a length that some prompts have, some answers cross and some never reach.
 LIMIT = 44
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 6.0]}
+ROTATED: dict[str, dict[str, Any]] = {
+    "longrope": {"rope_scaling": LONGROPE, "original_max_position_embeddings": LIMIT},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": LIMIT},
+}
+KINDS = (*FAMILIES, *ROTATED)
 LAYOUTS = ["<image>{}", "<image>{}", "<image><image>{}", "see <image> and <image>: {}", "{}"]
 
 
@@ -50,11 +64,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def make_model(kind: str) -> Asked:
-    family = "phi3" if kind == "longrope" else kind
+    family = {"longrope": "phi3", "dynamic": "llama"}.get(kind, kind)
     tokenizer = byte_tokenizer(family)
-    longrope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 6.0]}
-    changes = {"rope_scaling": longrope, "original_max_position_embeddings": LIMIT}
-    mllm = tiny_mllm(family, tokenizer, **(changes if kind == "longrope" else {}))
+    mllm = tiny_mllm(family, tokenizer, **ROTATED.get(kind, {}))
     processing = ImageProcessing(
         resize=Resize.squash,
         resize_to=24,
@@ -69,18 +81,21 @@ def make_model(kind: str) -> Asked:
 
 def make_case(kind: str) -> Case:
     model = make_model(kind)
+    requests = make_requests(model)
+    return Case(model, requests, [one_at_a_time(model, request) for request in requests])
+
+
+def make_requests(model: Asked) -> list[Request]:
     generator = np.random.default_rng(1)
     images = [noise(n) for n in range(3)]
     requests = []
     for _ in range(NUM_QUESTIONS):
         text = bytes(generator.integers(97, 123, generator.integers(1, 25))).decode()
-        layout = generator.choice(
-            ["<image>{}", "<image>{}", "<image><image>{}", "see <image> and <image>: {}", "{}"]
-        )
+        layout = generator.choice(LAYOUTS)
         shown = tuple(images[generator.integers(3)] for _ in range(layout.count("<image>")))
-        requests.append(Request(model.prompt(layout.format(text)), shown, int(generator.integers(1, 12))))
-    requests.append(Request(model.prompt("a question before <image>"), (images[0],), 5))
-    return Case(model, requests, [one_at_a_time(model, request) for request in requests])
+        limit = int(generator.integers(1, 12))
+        requests.append(Request(model.prompt(layout.format(text)), shown, limit))
+    return requests
 
 
 def noise(number: int) -> StoredImage:
@@ -97,6 +112,7 @@ def one_at_a_time(model: Asked, request: Request) -> tuple[str, bool]:
         torch.from_numpy(request.prompt.visual_mask).nonzero()[:, 0],
         model.encode(request.images),
     )
+    forget_rotation(mllm.llm)
     for _ in range(request.max_new_tokens):
         output = mllm.llm.base_model(
             inputs_embeds=embeds_TD[None],
@@ -116,3 +132,182 @@ def test_equals_generation_one_at_a_time_without_a_cache(case: Case) -> None:
     found = case.answer(range(len(case.requests)))
     assert sum(answer.near_ties for answer in found) == 0
     assert [(answer.text, answer.ended) for answer in found] == case.expected
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    order=st.permutations(range(NUM_QUESTIONS)),
+    batch_size=st.integers(1, NUM_QUESTIONS),
+    max_positions=st.sampled_from([None, 90, 300]),
+    line=st.sampled_from([1, 40]),
+    room=st.integers(1, 3),
+)
+def test_any_order_and_chunks_give_the_same_answers(
+    case: Case, order: list[int], batch_size: int, max_positions: int | None, line: int, room: int
+) -> None:
+    requests = [case.requests[i] for i in order]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(decoding, "_TOKENS_PER_PASS", 100)
+        patched.setattr(decoding, "_FIRST_ROOM", room)
+        patched.setattr(cached_attention, "_TOKENS_OF_A_LINE", line)
+        for chunk in plan_chunks(requests, batch_size, max_positions):
+            found = case.answer([order[place] for place in chunk])
+            assert [(a.text, a.ended) for a in found] == [case.expected[order[place]] for place in chunk]
+
+
+def test_the_questions_tell_something(case: Case) -> None:
+    texts, ended = zip(*case.expected, strict=True)
+    assert len(set(texts)) >= NUM_QUESTIONS / 2
+    assert set(ended) == {True, False}
+    assert len({len(text) for text in texts}) >= 3
+    groups = groups_of(case.requests)
+    assert max(len(group.rows) for group in groups) >= 3
+    assert len({group.prefix_length for group in groups}) >= 4
+    several = [group for group in groups if len(group.rows) > 1]
+    assert {len(case.requests[group.rows[0]].images) for group in several} == {1, 2}
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_lengths_on_both_sides_of_the_limit_are_asked(kind: str, request: pytest.FixtureRequest) -> None:
+    model, requests = make_model(kind), make_requests(make_model(kind))
+    assert fixed_positions(model.mllm.llm.config) == LIMIT
+    spans = [
+        (prefix_length(one), len(one.prompt.input_ids), len(one.prompt.input_ids) + one.max_new_tokens - 1)
+        for one in requests
+    ]
+    assert sum(last <= LIMIT for _, _, last in spans) >= 3
+    assert sum(length <= LIMIT < last for _, length, last in spans) >= 3
+    assert sum(0 < prefix <= LIMIT < length for prefix, length, _ in spans) >= 3
+    assert sum(prefix > LIMIT for prefix, _, _ in spans) >= 3
+
+
+def test_equals_generate_of_transformers(case: Case) -> None:
+    llm = case.model.mllm.llm
+    if fixed_positions(llm.config) is not None:
+        return  # its generate goes on with keys that were rotated otherwise
+    for i in range(0, NUM_QUESTIONS, 5):
+        request = case.requests[i]
+        embeds_TD = case.model.mllm.embed(
+            torch.from_numpy(request.prompt.input_ids).long(),
+            torch.from_numpy(request.prompt.visual_mask).nonzero()[:, 0],
+            case.model.encode(request.images),
+        )
+        with generation_attention(llm):
+            stock = llm.generate(
+                inputs_embeds=embeds_TD[None],
+                attention_mask=torch.ones(1, len(embeds_TD), dtype=torch.int64),
+                do_sample=False,
+                max_new_tokens=request.max_new_tokens,
+                eos_token_id=case.model.end_token_ids(),
+                pad_token_id=0,
+            )[0].tolist()
+        ended = stock[-1] in case.model.end_token_ids()
+        text = case.model.tokenizer.decode(stock[:-1] if ended else stock, skip_special_tokens=True)
+        assert (text, ended) == case.expected[i]
+
+
+def test_a_stream_is_the_answer_in_whole_characters(case: Case) -> None:
+    for i in range(0, NUM_QUESTIONS, 4):
+        pieces = list(Generator(case.model).stream(case.requests[i]))
+        assert "".join(pieces) == case.expected[i][0]
+        # a byte is no character: what stays incomplete to the end comes last
+        assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for piece in pieces[:-1])
+
+
+def test_ids_that_the_tokenizer_lacks_are_counted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vocabularies are rounded up; what a row without a token answers has no text to stand for it."""
+    decoded: list[list[int]] = []
+    monkeypatch.setattr(
+        case.model.tokenizer, "batch_decode", lambda ids, **_: decoded.extend(ids) or [""] * len(ids)
+    )
+    assert all(answer.unreadable_tokens == 0 for answer in case.answer(range(NUM_QUESTIONS)))
+    ids = sorted(token for tokens in decoded for token in tokens)
+    ends = case.model.end_token_ids()
+    size = ids[len(ids) // 2]  # a tokenizer that ends right before an id that occurs
+    monkeypatch.setattr(Asked, "end_token_ids", lambda _: ends)
+    monkeypatch.setattr(type(case.model.tokenizer), "__len__", lambda _: size)
+    found = [answer.unreadable_tokens for answer in case.answer(range(NUM_QUESTIONS))]
+    assert found == [sum(token >= size for token in tokens) for tokens in decoded[:NUM_QUESTIONS]]
+
+
+def test_unreadable_ids_leave_the_rest_of_the_text() -> None:
+    """What transformers' decoder does with them, and why they are counted."""
+    tokenizer = byte_tokenizer("llama")
+    assert tokenizer.batch_decode([[*tokenizer("ab")["input_ids"], len(tokenizer) + 3]]) == ["ab"]
+
+
+def test_answers_depend_on_the_image(case: Case) -> None:
+    chosen = [request for request in case.requests if request.images]
+    other = [replace(request, images=(noise(9),) * len(request.images)) for request in chosen]
+    before, after = (Generator(case.model).answer(asked) for asked in (chosen, other))
+    assert sum(a.text != b.text for a, b in zip(before, after, strict=True)) >= 3
+
+
+def test_an_image_is_read_once_a_chunk(case: Case) -> None:
+    read = []
+
+    def load() -> Image.Image:
+        read.append(1)
+        return noise(0).load()
+
+    asked = [replace(one, images=(StoredImage("one", "", load),)) for one in case.requests[:3]]
+    prompts = [case.model.prompt(f"<image>{text}") for text in ("a", "b", "a")]
+    Generator(case.model).answer([replace(a, prompt=p) for a, p in zip(asked, prompts, strict=True)])
+    assert read == [1]
+
+
+def test_near_ties_are_counted(case: Case) -> None:
+    head = case.model.mllm.llm.get_output_embeddings()
+    weight = head.weight.clone()
+    try:
+        head.weight.copy_(weight[:1].expand_as(weight))  # all logits equal
+        assert all(answer.near_ties for answer in case.answer([0, 1]))
+    finally:
+        head.weight.copy_(weight)
+    assert NEAR_TIE == 1e-4
+
+
+def test_logits_that_are_no_numbers_are_an_error(case: Case) -> None:
+    head = case.model.mllm.llm.get_output_embeddings()
+    weight = head.weight.clone()
+    try:
+        head.weight[-1] = float("-inf")
+        with pytest.raises(NonFiniteError):
+            case.answer([0, 1])
+    finally:
+        head.weight.copy_(weight)
+
+
+def test_the_callers_attention_is_put_back(case: Case) -> None:
+    config = case.model.mllm.llm.config
+    before = config._attn_implementation
+    with generation_attention(case.model.mllm.llm):
+        found = case.answer([0])
+        assert config._attn_implementation in ("eager", "sdpa")
+    assert config._attn_implementation == before
+    assert [(answer.text, answer.ended) for answer in found] == case.expected[:1]
+
+
+def test_flips_are_answers_that_differ_alone(case: Case) -> None:
+    chosen = range(0, NUM_QUESTIONS, 4)
+    requests, texts = [case.requests[i] for i in chosen], [case.expected[i][0] for i in chosen]
+    assert count_flips(Generator(case.model), requests, texts) == 0
+    assert count_flips(Generator(case.model), requests, [f"{texts[0]}!", *texts[1:]]) == 1
+
+
+def test_a_chunk_that_fills_the_memory_is_halved(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Generator._answer
+
+    def small(self: Generator, requests: Sequence[Request], share: bool) -> list[Answer]:
+        if len(requests) > 3:
+            raise torch.OutOfMemoryError
+        return real(self, requests, share)
+
+    monkeypatch.setattr(Generator, "_answer", small)
+    generator = Generator(case.model)
+    found = generator.answer(case.requests[:8])
+    assert [(answer.text, answer.ended) for answer in found] == case.expected[:8]
+    assert generator.out_of_memory == 3
+    monkeypatch.setattr(Generator, "_answer", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        generator.answer(case.requests[:2])
