@@ -4,9 +4,9 @@
     python -m morebench.evaluate golden=DIR
 
 run=ID: the run's own config says what the model is and, unless overridden, which suite it answers; what may
-be overridden is suite, stage.evaluate, trainer, tracking, paths, unchecked_data, max_quarantined. Everything
-else is `python -m morebench.train stage=evaluate parent=ID OVERRIDE ...`, and whole cells are evaluated by
-`python -m morebench.train [-m] stage=evaluate OVERRIDE ...`, which runs missing parents first.
+be overridden is suite, stage.evaluate, trainer, tracking, paths, unchecked_data, max_quarantined, download.
+Everything else is `python -m morebench.train stage=evaluate parent=ID OVERRIDE ...`, and whole cells are
+evaluated by `python -m morebench.train [-m] stage=evaluate OVERRIDE ...`, which runs missing parents first.
 
 golden=DIR: our scorers, both profiles; prints one line per file and exits with 1 on any mismatch.
 """
@@ -34,6 +34,7 @@ _MACHINE = (
     "tracking",
     "unchecked_data",
     "max_quarantined",
+    "download",
 )  # of this start, not of the one that trained
 _OVERRIDABLE = ("suite", "stage.evaluate", *_MACHINE)
 
