@@ -162,11 +162,12 @@ def _request(endpoint: Endpoint, prompt: str, stop: Event) -> str | None:
             problem = type(error).__name__  # its text may hold the request
             asked_for = 0.0
         else:
-            if answer.ok and (reply := _content(answer)):
+            status = answer.status_code
+            if status == requests.codes.ok and (reply := _content(answer)):
                 return reply
-            problem = f"status {answer.status_code}" if not answer.ok else "no text in its answer"
-            if not answer.ok and answer.status_code < 500 and answer.status_code not in _BUSY:
-                hint = f" Is {KEY_VARIABLES[0]} set to its key?" if answer.status_code in (401, 403) else ""
+            problem = "no text in its answer" if status == requests.codes.ok else f"status {status}"
+            if status != requests.codes.ok and status < 500 and status not in _BUSY:
+                hint = f" Is {KEY_VARIABLES[0]} set to its key?" if status in (401, 403) else ""
                 raise ConfigError(f"{endpoint.shown} refuses: {problem}.{hint}")
             asked_for = _retry_after(answer)
         if attempt + 1 < _ATTEMPTS:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from morebench.config.schema import Profile
+from morebench.errors import DataError
 
 Record = Mapping[str, Any]
 
@@ -26,6 +27,10 @@ class Question:
 
     text: str
     images: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if (tokens := self.text.count(IMAGE_TOKEN)) != len(self.images):
+            raise DataError(f"a question with {tokens} times {IMAGE_TOKEN} for {len(self.images)} image(s)")
 
 
 @dataclass(frozen=True)
