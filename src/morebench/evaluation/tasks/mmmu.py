@@ -3,7 +3,7 @@
 import ast
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from morebench.evaluation.tasks.benchmark import (
     Question,
     Record,
     Scored,
-    by_part,
     lettered,
     mean,
     with_image_tokens,
@@ -102,27 +101,25 @@ class MMMU(Benchmark):
 
     def aggregate(self, items: Sequence[Scored], profile: Profile) -> dict[str, float]:
         decimals = _DECIMALS[profile]
-        subjects = by_part("by_subject", items, "subject")
+        subjects: dict[str, list[float]] = {}
+        for item in items:
+            subjects.setdefault(item.record["subject"], []).append(item.score)
         domains = {
-            f"by_domain/{domain}": [
-                item for name in names.split() for item in subjects.get(f"by_subject/{name}", [])
-            ]
+            domain: {name: subjects[name] for name in names.split() if name in subjects}
             for domain, names in DOMAINS.items()
         }
         return {
-            "mmmu_acc": round(_weighted(items), decimals),
+            "mmmu_acc": round(_pooled(subjects), decimals),
             "random_guesses": float(sum(RANDOM_FALLBACK in item.flags for item in items)),
-            **{name: round(_weighted(part), decimals) for name, part in domains.items() if part},
-            **{name: round(mean(i.score for i in part), decimals) for name, part in subjects.items()},
+            **{f"by_domain/{name}": round(_pooled(part), decimals) for name, part in domains.items() if part},
+            **{f"by_subject/{name}": round(mean(part), decimals) for name, part in sorted(subjects.items())},
         }
 
 
-def _weighted(items: Sequence[Scored]) -> float:
+def _pooled(subjects: Mapping[str, Sequence[float]]) -> float:
     """The mean, summed subject by subject like the reference: what is rounded next may end in a half."""
-    parts: dict[str, list[float]] = {}
-    for item in items:
-        parts.setdefault(item.record["subject"], []).append(item.score)
-    return sum(mean(part) * len(part) for part in parts.values()) / max(1, len(items))
+    total = sum(mean(scores) * len(scores) for scores in subjects.values())
+    return total / max(1, sum(len(scores) for scores in subjects.values()))
 
 
 def _subject(record: Record) -> str:
