@@ -10,15 +10,12 @@ import pytest
 import torch
 from factories_evaluation import CLASSES, NUM_ITEMS, artefacts, make_finetuned
 from factories_training import with_trainer
-from PIL import Image
 
 from morebench.config.schema import Config, Part, Profile
 from morebench.errors import ConfigError, DataError, FencedError, MorebenchError, WeightsError
 from morebench.evaluation.asking import ask
 from morebench.evaluation.chunks import plan_chunks
-from morebench.evaluation.controls import blind
 from morebench.evaluation.generate import Answer, Generator, Request
-from morebench.evaluation.items import StoredImage
 from morebench.evaluation.predictions import PredictionsFile
 from morebench.evaluation.records import open_task
 from morebench.evaluation.run import evaluate
@@ -198,15 +195,6 @@ def test_a_line_about_something_else_is_dropped_and_nothing_is_written_before_an
         lines[0],
         {"index": 1, **asked[1]},
     ]
-
-
-def test_blind_shows_the_mean_colour_in_the_same_size() -> None:
-    image = Image.new("RGB", (6, 2), (0, 0, 0))
-    image.paste((90, 30, 7), (0, 0, 2, 2))
-    shown = blind(StoredImage("a", "a.png", lambda: image))
-    assert shown.key != "a"
-    assert shown.load().size == image.size
-    assert shown.load().getcolors() == [(12, (30, 10, 2))]
 
 
 @pytest.mark.parametrize(

@@ -104,23 +104,22 @@ class Processes:
         waiting = deque(enumerate(jobs))
         until = inf
         self._deal(waiting)
-        while busy := [process for process in self._processes if process.number is not None]:
-            if stop.signal_name is not None:
-                waiting.clear()
-                until = min(until, time.monotonic() + _GRACE_S)
-                if time.monotonic() > until:
-                    return
+        while (
+            busy := [process for process in self._processes if process.is_busy]
+        ) and time.monotonic() < until:
             wait([handle for process in busy for handle in process.handles], timeout=_POLL_S)
             new = [found for process in busy if (found := process.look()) is not None]
-            if stop.signal_name is None:
-                self._deal(waiting)  # before the answers are saved: a device should not wait for a disk
+            if stop.signal_name is not None or any(process.end for process in busy):
+                waiting.clear()
+                until = min(until, time.monotonic() + _GRACE_S)
+            self._deal(waiting)  # before the answers are saved: a device should not wait for a disk
             yield from new
-            if ends := [process.end for process in busy if process.end is not None]:
-                raise _worst(ends)
+        if ends := [process.end for process in self._processes if process.end is not None]:
+            raise _worst(ends)
 
     def _deal(self, waiting: "deque[tuple[int, Job]]") -> None:
         for process in self._processes:
-            if process.number is None and waiting:
+            if waiting and process.number is None:
                 process.answer(*waiting.popleft())
 
 
@@ -151,6 +150,10 @@ class Process:
     @property
     def handles(self) -> tuple[Any, ...]:
         return self._connection, self._process.sentinel
+
+    @property
+    def is_busy(self) -> bool:
+        return self.number is not None and self.end is None
 
     def ready(self) -> int:
         """Its `cache_positions`, once the model is loaded. Raises RankError."""
@@ -196,9 +199,9 @@ class Process:
         return None
 
     def leave(self) -> None:
-        self._connection.close()
         self._process.kill()  # it holds nothing that is not computed again
         self._process.join()
+        self._connection.close()
 
 
 def _serve(
@@ -241,6 +244,6 @@ def _served(
         while True:
             try:
                 job = connection.recv()
-            except EOFError:  # the parent needs no more
+            except (EOFError, ConnectionResetError):  # the parent needs no more
                 return
             yield here.answer(job)
