@@ -5,7 +5,7 @@
     python -m morebench.evaluate golden=DIR
 
 run=ID: the run's own config says what the model is and, unless overridden, which suite it answers; what may
-be overridden is suite, stage.evaluate, trainer, tracking, paths, download, unchecked_data, max_quarantined.
+be overridden is suite, stage.evaluate, trainer, tracking, paths, unchecked_data, max_quarantined, download.
 Everything else is `python -m morebench.train stage=evaluate parent=ID OVERRIDE ...`, and whole cells are
 evaluated by `python -m morebench.train [-m] stage=evaluate OVERRIDE ...`, which runs missing parents first.
 
@@ -38,9 +38,9 @@ _MACHINE = (
     "paths",
     "trainer",
     "tracking",
-    "download",
     "unchecked_data",
     "max_quarantined",
+    "download",
 )  # of this start, not of the one that trained
 _OVERRIDABLE = ("suite", "stage.evaluate", *_MACHINE)
 
