@@ -40,7 +40,9 @@ class LoadedModel:
         return self.mllm.llm.device
 
     def prompt(self, question: str) -> Encoded:
-        return self.chat.encode_prompt(question, self.tokenizer, self.mllm.vision.num_visual_tokens)
+        """Image tokens keep the places that the task gave them."""
+        num_visual_tokens = self.mllm.vision.num_visual_tokens
+        return self.chat.encode_prompt(question, self.tokenizer, num_visual_tokens, as_written=True)
 
     def end_token_ids(self) -> list[int]:
         return self.chat.end_token_ids(self.tokenizer)
