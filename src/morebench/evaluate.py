@@ -1,7 +1,8 @@
-"""Evaluate one finished finetune run, or replay files of measured scorer cases.
+"""Evaluate one finished finetune run, or replay what others measured through our scorers.
 
     python -m morebench.evaluate run=ID [suite=NAME] [stage.evaluate.profile=lmms_eval_0_7_3] ...
     python -m morebench.evaluate golden=DIR
+    python -m morebench.evaluate outputs=FILE task=NAME [profile=lmms_eval_0_7_3] [paths.data=DIR] ...
 
 run=ID: the run's own config says what the model is and, unless overridden, which suite it answers; what may
 be overridden is suite, stage.evaluate, trainer, tracking, paths, unchecked_data, max_quarantined. Everything
@@ -9,6 +10,10 @@ else is `python -m morebench.train stage=evaluate parent=ID OVERRIDE ...`, and w
 `python -m morebench.train [-m] stage=evaluate OVERRIDE ...`, which runs missing parents first.
 
 golden=DIR: our scorers, both profiles; prints one line per file and exits with 1 on any mismatch.
+
+outputs=FILE: published outputs of every item of a task (lmms-eval's logged samples, LLaVA's answers file, or
+lines of `id` and `prediction`); compares scores, and metrics of a results file beside it; exits with 1 on any
+mismatch. docs/evaluation.md has the layouts.
 """
 
 from collections.abc import Sequence
@@ -40,13 +45,17 @@ _OVERRIDABLE = ("suite", "stage.evaluate", *_MACHINE)
 
 def command(arguments: Sequence[str]) -> int:
     parsed = parse_overrides(arguments)
-    own = {override.key: override.values for override in parsed if override.key in ("golden", "run")}
+    own = {
+        override.key: override.values for override in parsed if override.key in ("golden", "run", "outputs")
+    }
     if len(own) != 1 or any(len(values) != 1 for values in own.values()):
         found = " ".join(arguments) or "nothing"
-        raise ConfigError(f"expected one of run=ID or golden=DIR, found {found}. See --help.")
+        raise ConfigError(f"expected one of run=ID, golden=DIR or outputs=FILE, found {found}. See --help.")
     rest = [override for override in parsed if override.key not in own]
     if "run" in own:
         return _evaluate(own["run"][0], rest)
+    if "outputs" in own:
+        return _replay_outputs(Path(own["outputs"][0]), rest)
     if rest:
         raise ConfigError(join_problems(f"{override.text}: golden=DIR stands alone." for override in rest))
     return _replay(Path(own["golden"][0]))
@@ -95,6 +104,19 @@ def _evaluate(run: str, overrides: Sequence[Override]) -> int:
     from morebench.train import launch
 
     return launch([composed_for(run, overrides)], {})
+
+
+def _replay_outputs(path: Path, overrides: Sequence[Override]) -> int:
+    from morebench.show_replay import show_replay
+
+    tasks = [override.values[0] for override in overrides if override.key == "task"]
+    if len(tasks) != 1:
+        raise ConfigError("outputs=FILE: say once whose they are: task=NAME, e.g. task=gqa.")
+    rest = [override for override in overrides if override.key != "task"]
+    short = [
+        f"stage.evaluate.{override.text}" if override.key == "profile" else override.text for override in rest
+    ]
+    return show_replay(path, tasks[0], short)
 
 
 def _replay(folder: Path) -> int:
