@@ -161,17 +161,19 @@ def _place_of(items: Sequence[Item], outputs: Sequence[Output]) -> Callable[[Out
     def place(output: Output) -> int | None:
         alike = places.get(output.id, [])
         if len(alike) > 1:  # one id for several questions about an image
-            alike = [at for at in alike if _asks(output.prompt or "", items[at])]
+            alike = _asking(output.prompt or "", {at: items[at] for at in alike})
         return alike[0] if len(alike) == 1 else None
 
     return place
 
 
-def _asks(prompt: str, item: Item) -> bool:
-    """Whether the prompt's first line is the record's question, an instruction at either's end aside."""
+def _asking(prompt: str, items: Mapping[int, Item]) -> list[int]:
+    """Whose question is the prompt's first line; or else begins it, or begins with it (an instruction)."""
     asked = _bare(prompt).partition("\n")[0].strip().lower()
-    question = str(item.record.get("question", "")).strip().lower()
-    return bool(asked) and (question.startswith(asked) or asked.startswith(question))
+    questions = {at: str(item.record.get("question", "")).strip().lower() for at, item in items.items()}
+    if same := [at for at, question in questions.items() if question == asked]:
+        return same
+    return [at for at, q in questions.items() if asked and (q.startswith(asked) or asked.startswith(q))]
 
 
 def _check_targets(items: Sequence[Item], outputs: Sequence[Output], task: OpenTask, path: Path) -> None:
