@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from suite_answers import MANNERS, replies, standing_in
-from suite_cell import make_config, prompter
+from suite_cell import make_config
 from suite_records import write_mirrors
 
 from morebench.config.compose import save_config
 from morebench.config.schema import Config, Profile
-from morebench.evaluation.records import open_task
+from morebench.evaluation.asking import ask
 from morebench.evaluation.run import evaluate
+from morebench.evaluation.sheets import open_sheets
 from morebench.reporting.results import ReportRow, Score, load_result
 
 
@@ -56,14 +57,15 @@ def measure(root: Path, scale: float, profile: Profile, manner: str | None, cloc
         num_rows = write_mirrors(root / "data", scale)
     config = make_config(root, num_rows, profile)
     with clock("open the tasks"):
-        tasks = [open_task(name, task, config.paths, profile) for name, task in config.suite.tasks.items()]
+        sheets = open_sheets(config)
+    with clock("write the prompts"):
+        asked = ask(config, sheets)
     with clock("make up answers"):
-        prompt = prompter(config)
-        book = replies(tasks, prompt, manner)
-        del tasks
+        book = replies(asked, manner)
+    del sheets, asked
     folder = root / "runs" / "evaluate"
     folder.mkdir(parents=True)
-    with clock("evaluate"), standing_in(book, prompt, config.trainer.evaluate_batch_size):
+    with clock("evaluate, all of it"), standing_in(book):  # opens the tasks and writes the prompts itself
         evaluate(config, folder, root / "parent")
     with clock("tabulate"):
         return columns(config, folder)

@@ -2,18 +2,17 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
-from morebench.data.chat import Encoded
-from morebench.evaluation import run
+from morebench.evaluation import asking
+from morebench.evaluation.asking import Asked
 from morebench.evaluation.generate import Answer, Request
-from morebench.evaluation.items import Item, OpenTask, StoredImage
+from morebench.evaluation.items import Item
 from morebench.evaluation.tasks.benchmark import Benchmark
 
 MANNERS = {"right": 60, "wrong": 22, "wordy": 5, "lower": 4, "odd": 3, "unparsable": 3, "empty": 3}
@@ -21,26 +20,24 @@ MANNERS = {"right": 60, "wrong": 22, "wordy": 5, "lower": 4, "odd": 3, "unparsab
 Question = tuple[bytes, tuple[str, ...]]  # a prompt's ids, keys of its images
 
 
-def replies(
-    tasks: Iterable[OpenTask], prompt: Callable[[str], Encoded], manner: str | None = None
-) -> dict[Question, str]:
+def replies(asked: Asked, manner: str | None = None) -> dict[Question, str]:
     """What the model says to every question; always in one manner, or in the mix of all.
 
     Items that ask the same words about the same image get the answer of the first one, as from any model.
     """
     book: dict[Question, str] = {}
-    for task in tasks:
-        for item in task.items:
-            draw = random.Random(f"{task.name} {item.index}")
-            chosen = manner or draw.choices(list(MANNERS), weights=list(MANNERS.values()))[0]
-            question = _question(prompt(item.question.text), item.images)
-            book.setdefault(question, _reply(task.benchmark, item, chosen, draw))
+    for request, (sheet, at) in zip(asked.requests, asked.places, strict=True):
+        task = asked.sheets[sheet].task
+        item = task.items[at]
+        draw = random.Random(f"{task.name} {item.index}")
+        chosen = manner or draw.choices(list(MANNERS), weights=list(MANNERS.values()))[0]
+        book.setdefault(_question(request), _reply(task.benchmark, item, chosen, draw))
     return book
 
 
-def _question(prompt: Encoded, images: Sequence[StoredImage]) -> Question:
-    text = prompt.input_ids[~prompt.visual_mask].tobytes()
-    return text, tuple(image.key for image in images)
+def _question(request: Request) -> Question:
+    text = request.prompt.input_ids[~request.prompt.visual_mask].tobytes()
+    return text, tuple(image.key for image in request.images)
 
 
 def _reply(benchmark: Benchmark, item: Item, manner: str, draw: random.Random) -> str:
@@ -84,23 +81,17 @@ class _Generator:
                 if image.key not in self._seen:
                     self._seen.add(image.key)
                     assert np.asarray(image.load()).shape[2] == 3
-        texts = [self._book.get(_question(r.prompt, r.images), "no") for r in requests]
+        texts = [self._book[_question(request)] for request in requests]
         return [Answer(text, len(text.encode()), 0, 0, True) for text in texts]
 
 
 @contextmanager
-def standing_in(
-    book: dict[Question, str], prompt: Callable[[str], Encoded], batch_size: int
-) -> Iterator[None]:
-    """The evaluate step asks the book instead of a model."""
-    llm = SimpleNamespace(
-        config=SimpleNamespace(_attn_implementation="none"), set_attn_implementation=lambda _: None
-    )
-    model = SimpleNamespace(mllm=SimpleNamespace(llm=llm), prompt=prompt, batch_size=batch_size)
-    fields: dict[str, Any] = {"device": SimpleNamespace(type="cpu")}
-
-    def loaded(config: Any, *_: Any) -> Any:
-        return SimpleNamespace(**vars(model), **fields, llm=config.llm)
-
-    with patch.object(run, "load_model", loaded), patch.object(run, "Generator", lambda _: _Generator(book)):
+def standing_in(book: dict[Question, str]) -> Iterator[None]:
+    """The evaluate step asks the book instead of a model. Of this process alone: one device."""
+    model = SimpleNamespace(mllm=SimpleNamespace(llm=None))
+    with (
+        patch.object(asking, "load_model", lambda *_: model),
+        patch.object(asking, "generation_attention", lambda _: nullcontext()),
+        patch.object(asking, "Generator", lambda _: _Generator(book)),
+    ):
         yield

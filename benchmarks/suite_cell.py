@@ -1,16 +1,12 @@
 """The cell of benchmarks/suite.py: LLaVA-1.5's shapes over Llama-3.1, a byte tokenizer, no weights."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from morebench.config.compose import compose_config, load_chat_format, load_shape
+from morebench.config.compose import compose_config
 from morebench.config.schema import Config, Profile, Weights
-from morebench.config.visual import num_visual_tokens
-from morebench.data.chat import ChatFormat, Encoded
-from morebench.models.llm import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from factories_data import paths_below, tokenizer_for
@@ -33,11 +29,3 @@ def make_config(root: Path, num_rows: Mapping[str, int], profile: Profile) -> Co
         suite=replace(config.suite, tasks=tasks),
         stage=replace(config.stage, evaluate=replace(config.stage.evaluate, profile=profile)),
     )
-
-
-def prompter(config: Config) -> Callable[[str], Encoded]:
-    """Question -> its prompt, as the evaluate step makes it."""
-    tokenizer = load_tokenizer(config.llm, Path(str(config.llm.weights.folder)))
-    chat = ChatFormat.from_dict(load_chat_format(config.llm.chat_format))
-    count = num_visual_tokens(load_shape(config.vision.shape))
-    return partial(chat.encode_prompt, tokenizer=tokenizer, num_visual_tokens=count)

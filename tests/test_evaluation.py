@@ -65,6 +65,10 @@ def artefacts(folder: Path) -> dict[str, Any]:
     }
     results = json.loads((folder / "results.json").read_text())
     assert results.pop("seconds") > 0
+    for found in (results["tasks"], *results["controls"].values()):
+        for result in found.values():
+            assert result.pop("seconds") > 0
+            assert result.pop("questions_per_s") > 0
     return files | results
 
 
@@ -86,7 +90,7 @@ def test_leaves_predictions_and_scores_in_record_order(evaluated: Path) -> None:
 
 def test_results_are_the_aggregates_of_the_scores(evaluated: Path) -> None:
     results = json.loads((evaluated / "results.json").read_text())
-    assert set(results) == {"profile", "tasks", "controls", "seconds"}
+    assert set(results) == {"profile", "tasks", "controls", "flips", "asked", "devices", "seconds"}
     assert set(results["tasks"]) == set(results["controls"]["blind"]) == set(CLASSES)
     scores = [item.score for _, item in scored_items(evaluated, "vqa")]
     assert results["tasks"]["vqa"]["n"] == NUM_ITEMS

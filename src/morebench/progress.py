@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 
 import rich.progress
 from rich.console import Console
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 60.0
 
@@ -64,11 +65,17 @@ def track(items: Sequence[Item], label: str) -> Iterator[Item]:
             progress.update(number)
 
 
+class _Rate(rich.progress.ProgressColumn):
+    def render(self, task: rich.progress.Task) -> Text:
+        return Text(f"{task.speed:.3g}/s" if task.speed else "")
+
+
 def _bar() -> rich.progress.Progress:
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
+        _Rate(),
         rich.progress.TextColumn("{task.fields[text]}"),
         rich.progress.TimeRemainingColumn(),
         console=Console(stderr=True),

@@ -1,58 +1,73 @@
-"""predictions/<task>.jsonl: appended batch by batch, so that a killed evaluation continues where it was."""
+"""predictions/<task>.jsonl: appended chunk by chunk, so that a killed evaluation continues where it was."""
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from morebench.training.files import disk_full_named, write_atomically
+
+Line = dict[str, Any]
 
 
 class PredictionsFile:
     """Holds the lines of an earlier start by item index.
 
-    Dropped are a line that a kill cut short, and lines whose prompt is no longer the item's: `prompts` is the
-    prompt's hash by index.
+    Dropped are a line that a kill cut short, and lines that answer something else than the item asks now.
+    `asked`: of every item by its index, the fields that say so (hashes of its prompt and images).
     """
 
-    def __init__(self, path: Path, prompts: Mapping[int, str]) -> None:
+    def __init__(self, path: Path, asked: Mapping[int, Mapping[str, str]]) -> None:
         self._path = path
-        self._prompts = prompts
-        self.lines: dict[int, dict[str, Any]] = {}
+        self._asked = asked
+        self._is_clean = False
+        self.lines = {
+            line["index"]: line
+            for line in read_predictions(path)
+            if line["index"] in asked and asked[line["index"]].items() <= line.items()
+        }
 
-    def __enter__(self) -> Self:
-        self._path.parent.mkdir(exist_ok=True)
-        for line in self._path.read_bytes().splitlines() if self._path.is_file() else []:
-            try:
-                found = json.loads(line)
-            except ValueError:
-                break
-            if self._prompts.get(found["index"]) == found.get("prompt_sha256", ""):
-                self.lines[found["index"]] = found
-        write_lines(self._path, self.lines.values())
-        self._file = self._path.open("a")
-        return self
+    @property
+    def num_missing(self) -> int:
+        return len(self._asked) - len(self.lines)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+    def append(self, lines: Iterable[Line]) -> None:
+        """One write, on the disk when this returns."""
+        self._clean()
+        lines = list(lines)
+        with (
+            disk_full_named(self._path, kept="What was answered so far is kept"),
+            self._path.open("a") as file,
+        ):
+            file.write(_text(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines |= {line["index"]: line for line in lines}
 
-    def finish(self) -> list[dict[str, Any]]:
+    def finish(self) -> list[Line]:
         """The lines in record order, as the file has them from now on."""
-        ordered = [self.lines[index] for index in sorted(self._prompts)]
+        ordered = [self.lines[index] for index in sorted(self._asked)]
         write_lines(self._path, ordered)
         return ordered
 
-    def append(self, lines: Iterable[dict[str, Any]]) -> None:
-        lines = list(lines)
-        with disk_full_named(self._path):
-            self._file.write(_text(lines))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self.lines |= {line["index"]: line for line in lines}
+    def _clean(self) -> None:
+        """What was dropped must not stand before what is appended; nothing is written before that."""
+        if not self._is_clean:
+            self._path.parent.mkdir(exist_ok=True)
+            write_lines(self._path, self.lines.values())
+            self._is_clean = True
+
+
+def read_predictions(path: Path) -> list[Line]:
+    """Up to a line that a kill cut short; none where there is no file."""
+    lines: list[Line] = []
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -60,6 +75,6 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, _text(lines))
 
 
-def _text(lines: Iterable[Mapping[str, Any]]) -> str:
+def _text(lines: Iterable[Mapping[str, Any]] | Sequence[Line]) -> str:
     # ASCII only: a kill cannot cut a character in two, and no character in an answer ends a line.
     return "".join(json.dumps(line) + "\n" for line in lines)

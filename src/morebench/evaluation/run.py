@@ -1,135 +1,137 @@
 """Evaluate one finished cell: generate once per item and control, score apart."""
 
-import hashlib
-import json
-import time
+import random
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from morebench.config.compose import ROOT
-from morebench.config.schema import Config, Profile
-from morebench.data.chat import Encoded
-from morebench.evaluation.controls import blind, check_controls
-from morebench.evaluation.generate import Generator, Request, generation_attention, plan_chunks
-from morebench.evaluation.items import Item, OpenTask
-from morebench.evaluation.model import LoadedModel, load_model
-from morebench.evaluation.predictions import PredictionsFile, write_lines
-from morebench.evaluation.records import open_task
-from morebench.evaluation.scoring import score_items
-from morebench.models.rope import check_answers
-from morebench.progress import track
-from morebench.training.choices import threads_for
+from morebench.config.schema import Config, Precision
+from morebench.errors import Interrupted
+from morebench.evaluation.asking import Answered, Asked, ask
+from morebench.evaluation.devices import answers, devices_for
+from morebench.evaluation.generate import plan_chunks
+from morebench.evaluation.outcome import score, write_results
+from morebench.evaluation.predictions import Line, PredictionsFile
+from morebench.evaluation.sheets import open_sheets
+from morebench.evaluation.spent import Spent
+from morebench.progress import Progress
 from morebench.training.fence import Fence, unfenced
-from morebench.training.files import update_manifest, write_atomically
+from morebench.training.files import update_manifest
 from morebench.training.provenance import provenance
-from morebench.training.strategy import exact_arithmetic
+from morebench.training.signals import StopRequest
+
+_FLIP_SEED = 0
+_NUM_EXAMPLES = 5
 
 
 def evaluate(config: Config, folder: Path, parent: Path, fence: Fence = unfenced) -> None:
     """Answer and score every task of the suite, and again under every control.
 
-    `parent` is the finetune run. Leaves predictions/, scores/ and results.json in `folder`. Raises DataError
-    for bad records before anything is loaded, and what `fence` does.
+    `parent` is the finetune run. Leaves predictions/, scores/ and results.json in `folder`. Raises
+    ConfigError, DataError and WeightsError before anything is written, Interrupted at the chunk after a
+    signal, what `devices.answers` raises, and what `fence` does. After all of them the next call goes on from
+    the answers there are.
     """
-    started = time.monotonic()
     recipe = config.stage.evaluate
-    check_controls(recipe.controls)
-    tasks = [open_task(name, task, config.paths, recipe.profile) for name, task in config.suite.tasks.items()]
-    with exact_arithmetic(threads_for(config.trainer)):
-        on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-        model = load_model(config, parent, torch.device("cuda" if on_gpu else "cpu"))
-        results: dict[str | None, dict[str, Any]] = {None: {}, **{control: {} for control in recipe.controls}}
-        with generation_attention(model.mllm.llm):
-            for task in tasks:
-                for control, found in results.items():
-                    lines = _answer(model, task, control, folder, fence)
-                    fence()
-                    found[task.name] = _score(task, lines, recipe.profile, control, folder)
-    seconds = time.monotonic() - started
-    content = {
-        "profile": recipe.profile.name,
-        "tasks": results.pop(None),
-        "controls": results,
-        "seconds": round(seconds, 3),
-    }
-    gpus = 1 if model.device.type == "cuda" else 0
-    facts = {"seconds": round(seconds, 3), "gpu_hours": seconds * gpus / 3600, **provenance(ROOT)}
+    devices = devices_for(config.trainer)
+    asked = ask(config, open_sheets(config))
+    files = [
+        PredictionsFile(folder / "predictions" / sheet.file, hashes)
+        for sheet, hashes in zip(asked.sheets, asked.by_sheet(), strict=True)
+    ]
+    num_gpus = sum(device != "cpu" for device in devices)
+    questions = {sheet.file: len(sheet.task.items) for sheet in asked.sheets}
+    spent = Spent(folder, num_gpus, questions)
+    flips = _generate(config, parent, devices, asked, files, spent, fence)
     fence()
-    update_manifest(folder, {**facts, "profile": recipe.profile.name})
-    write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
+    lines = [file.finish() for file in files]
+    scores = score(asked.sheets, lines, recipe.profile, folder, fence, spent.speeds())
+    fence()
+    spent.save(now=True)
+    update_manifest(folder, {"profile": recipe.profile.name, **provenance(ROOT)})
+    content = {"profile": recipe.profile.name, **scores, "flips": flips, "asked": _shared(asked)}
+    write_results(folder, {**content, "devices": len(devices), "seconds": spent.seconds})
 
 
-def _answer(
-    model: LoadedModel, task: OpenTask, control: str | None, folder: Path, fence: Fence
-) -> list[dict[str, Any]]:
-    """Prediction lines of every item, in record order."""
-    requests = [_request(model, task, item, control) for item in task.items]
-    check_answers(model.llm, [len(r.prompt.input_ids) for r in requests], task.max_new_tokens, task.name)
-    hashes = {item.index: _prompt_hash(r.prompt) for item, r in zip(task.items, requests, strict=True)}
-    with PredictionsFile(folder / "predictions" / _file(task.name, control), hashes) as file:
-        # The chunks of an uninterrupted run, whatever is done already: so a resume computes the same bits.
-        chunks = [
-            chunk
-            for chunk in plan_chunks(requests, model.batch_size)
-            if any(task.items[i].index not in file.lines for i in chunk)
-        ]
-        generator = Generator(model)
-        for chunk in track(chunks, f"{task.name}{f' {control}' if control else ''}"):
-            answers = generator.answer([requests[i] for i in chunk])
+def _generate(
+    config: Config,
+    parent: Path,
+    devices: Sequence[str],
+    asked: Asked,
+    files: Sequence[PredictionsFile],
+    spent: Spent,
+    fence: Fence,
+) -> dict[str, Any] | None:
+    """Answer what `files` lack; returns how many answers of the flip sample a batch had changed."""
+    # The chunks of an uninterrupted run, whatever is done already: so a resume computes the same bits.
+    chunks = plan_chunks(asked.requests, config.trainer.evaluate_batch_size)
+    todo = [chunk for chunk in chunks if any(_is_missing(asked, files, i) for i in chunk)]
+    again = _flip_sample(config, asked)
+    alone: dict[int, str] = {}
+    jobs = [*todo, *([i] for i in again)]
+    total = len(asked.requests)
+    done = total - sum(file.num_missing for file in files)
+    with StopRequest() as stop, Progress("answers", total, done) as progress:
+        for number, answered in answers(config, parent, devices, asked, jobs, stop):
             fence()
-            file.append(
-                _line(task, task.items[i], hashes[task.items[i].index], asdict(answer))
-                for i, answer in zip(chunk, answers, strict=True)
-                if task.items[i].index not in file.lines
+            if number >= len(todo):
+                alone[again[number - len(todo)]] = answered.answers[0]["text"]
+                continue
+            _save(asked, files, todo[number], answered, spent)
+            done = total - sum(file.num_missing for file in files)
+            progress.update(done)
+        if stop.signal_name is not None and (done < total or len(alone) < len(again)):
+            spent.save(now=True)
+            raise Interrupted(
+                f"{stop.signal_name}: stopped with {done:,} of {total:,} answers saved; the next start "
+                "goes on from there."
             )
-        fence()
-        return file.finish()
+    return _flips(asked, files, alone) if again else None
 
 
-def _request(model: LoadedModel, task: OpenTask, item: Item, control: str | None) -> Request:
-    images = item.images if control is None else tuple(blind(image) for image in item.images)
-    return Request(model.prompt(item.question.text), images, task.max_new_tokens)
+def _is_missing(asked: Asked, files: Sequence[PredictionsFile], request: int) -> bool:
+    sheet, at = asked.places[request]
+    return asked.sheets[sheet].task.items[at].index not in files[sheet].lines
 
 
-def _prompt_hash(prompt: Encoded) -> str:
-    return hashlib.sha256(prompt.input_ids.tobytes() + prompt.visual_mask.tobytes()).hexdigest()
+def _save(
+    asked: Asked, files: Sequence[PredictionsFile], chunk: Sequence[int], answered: Answered, spent: Spent
+) -> None:
+    """Append what is missing: a chunk of which a killed start saved a part was answered whole again."""
+    new: dict[int, list[Line]] = defaultdict(list)
+    for request, answer in zip(chunk, answered.answers, strict=True):
+        if _is_missing(asked, files, request):
+            sheet, at = asked.places[request]
+            new[sheet].append(asked.sheets[sheet].line(at, asked.hashes[request], answer))
+    for sheet, lines in new.items():
+        files[sheet].append(lines)
+    for sheet, count in Counter(asked.places[request][0] for request in chunk).items():
+        spent.count(asked.sheets[sheet].file, count, answered.seconds * count / len(chunk))
+    spent.save()
 
 
-def _line(task: OpenTask, item: Item, prompt_hash: str, answer: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "index": item.index,
-        "id": item.id,
-        "image": ", ".join(image.name for image in item.images),
-        "question": item.question.text,
-        "target": task.benchmark.target(item.record),
-        "prediction": answer.pop("text"),
-        "prompt_sha256": prompt_hash,
-        **answer,
-    }
+def _flip_sample(config: Config, asked: Asked) -> list[int]:
+    """Requests to answer again alone. In fp32 an answer is the same in every batch, near ties aside."""
+    if config.stage.evaluate.precision is not Precision.bf16:
+        return []
+    own = [i for i, (sheet, _) in enumerate(asked.places) if asked.sheets[sheet].control is None]
+    return sorted(random.Random(_FLIP_SEED).sample(own, min(len(own), config.trainer.flip_sample)))
 
 
-def _score(
-    task: OpenTask, lines: Sequence[dict[str, Any]], profile: Profile, control: str | None, folder: Path
-) -> dict[str, Any]:
-    answered = [(line["prediction"], item.record) for line, item in zip(lines, task.items, strict=True)]
-    scored = score_items(task.benchmark, answered, profile)
-    (folder / "scores").mkdir(exist_ok=True)
-    write_lines(
-        folder / "scores" / _file(task.name, control),
-        ({"id": item.id, **asdict(score)} for item, score in zip(task.items, scored, strict=True)),
-    )
-    return {
-        "n": len(scored),
-        "metrics": task.benchmark.aggregate(scored, profile),
-        "near_ties": sum(line["near_ties"] for line in lines),
-        "unreadable_tokens": sum(line["unreadable_tokens"] for line in lines),
-        "cut": sum(not line["ended"] for line in lines),
-    }
+def _flips(asked: Asked, files: Sequence[PredictionsFile], alone: dict[int, str]) -> dict[str, Any]:
+    examples = []
+    for request, text in alone.items():
+        sheet, at = asked.places[request]
+        item = asked.sheets[sheet].task.items[at]
+        prediction = files[sheet].lines[item.index]["prediction"]
+        if prediction != text:
+            task = asked.sheets[sheet].task.name
+            examples.append({"task": task, "id": item.id, "prediction": prediction, "alone": text})
+    return {"n": len(alone), "flips": len(examples), "examples": examples[:_NUM_EXAMPLES]}
 
 
-def _file(task: str, control: str | None) -> str:
-    return f"{task}.{control}.jsonl" if control else f"{task}.jsonl"
+def _shared(asked: Asked) -> dict[str, int]:
+    images = {image.key for request in asked.requests for image in request.images}
+    return {"questions": len(asked.requests), "images": len(images)}

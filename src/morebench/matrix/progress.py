@@ -13,6 +13,7 @@ from rich.table import Table
 
 from morebench.config.schema import Step
 from morebench.errors import EXIT_DONE
+from morebench.matrix import ledger
 from morebench.matrix.plan import PlannedRun
 
 _PLAIN_EVERY_S = 60.0
@@ -117,9 +118,20 @@ def progress_text(run: PlannedRun) -> str:
 
 
 def _evaluate_text(folder: Path) -> str:
+    """`1,234/62,000 answers: gqa 400/12578, pope.blind 834/9000`; tasks that are neither new nor done."""
     files = sorted((folder / "predictions").glob("*.jsonl"))
-    answers = sum(path.read_bytes().count(b"\n") for path in files)
-    return f"{answers} answers" if answers else "preparing"
+    answers = {path.name: path.read_bytes().count(b"\n") for path in files}
+    wanted = (ledger.read_json(folder / "manifest.json") or {}).get("questions") if answers else None
+    if not wanted:
+        return "preparing"
+    counts = {name: (answers.get(name, 0), wanted[name]) for name in wanted}
+    begun = [
+        f"{name.removesuffix('.jsonl')} {found}/{number}"
+        for name, (found, number) in counts.items()
+        if 0 < found < number
+    ]
+    total = f"{sum(found for found, _ in counts.values()):,}/{sum(wanted.values()):,} answers"
+    return f"{total}: {', '.join(begun)}" if begun else total
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:

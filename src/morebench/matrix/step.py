@@ -12,6 +12,7 @@ from morebench.config.compose import load_config, save_config
 from morebench.config.schema import Step
 from morebench.errors import EXIT_DONE, FencedError, Interrupted, RunError, outcome_of
 from morebench.matrix import ledger
+from morebench.matrix.cell import NUMERICS_VERSION
 from morebench.matrix.mirror import Mirror
 from morebench.matrix.plan import PlannedRun
 from morebench.matrix.prediction import write_prediction
@@ -27,7 +28,8 @@ def prepare_run(run: PlannedRun) -> None:
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         if not (run.folder / "manifest.json").exists():
-            facts = {"run_id": run.run_id, "step": run.step.name, "planned_data": run.data_hash}
+            facts = {"run_id": run.run_id, "step": run.step.name, "numerics": NUMERICS_VERSION}
+            facts |= {"planned_data": run.data_hash}
             ledger.write_json(run.folder / "manifest.json", facts)
         ledger.write_json(run.folder / "cell.json", run.cell.axes)
         parents = {step.name: _place(run, run_id) for step, run_id in run.parents.items()}
@@ -106,15 +108,20 @@ def _run(folder: Path, fence: Callable[[], None]) -> None:
 
             train(config, step, folder, parents, fence)
         fence()
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        artefacts = [path for path in folder.rglob("*") if path.is_file() and _is_artefact(path, folder)]
-        ledger.mark_done(folder, artefacts, fence)
+        seal(folder, fence)
         status = "FINISHED"
     except Interrupted:
         status = "KILLED"
         raise
     finally:
         mirror.close(status=status)
+
+
+def seal(folder: Path, fence: Callable[[], None]) -> None:
+    """Write DONE over everything the run has made."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    artefacts = [path for path in folder.rglob("*") if path.is_file() and _is_artefact(path, folder)]
+    ledger.mark_done(folder, artefacts, fence)
 
 
 def _is_artefact(path: Path, folder: Path) -> bool:

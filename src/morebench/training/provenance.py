@@ -1,9 +1,7 @@
 """Where a number came from: code, packages, machine. Written into every manifest."""
 
-import hashlib
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 
 from morebench.training.files import sha256
+from morebench.training.git import git_state
 
 _PACKAGES = ("torch", "transformers", "lightning", "timm", "open_clip_torch", "tokenizers", "safetensors")
 
@@ -23,18 +22,6 @@ def provenance(root: Path) -> dict[str, Any]:
         "lock_sha256": sha256(lock) if lock.is_file() else None,
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **versions()},
-    }
-
-
-def git_state(root: Path) -> dict[str, str | None] | None:
-    """`commit`, and the hash of what differs from it (tracked files) or null when nothing does."""
-    commit = _git(root, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    diff = _git(root, "diff", "HEAD") or b""
-    return {
-        "commit": commit.decode().strip(),
-        "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
     }
 
 
@@ -51,14 +38,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _git(root: Path, *arguments: str) -> bytes | None:
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def _cpu_name() -> str:

@@ -32,11 +32,7 @@ def make_trainer(machine: Trainer, recipe: TrainRecipe) -> LightningTrainer:
 
     Raises ConfigError for devices that are not there.
     """
-    if machine.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ConfigError(
-            "trainer.accelerator=gpu: torch finds no GPU here. Choose trainer=cpu, or look at nvidia-smi and "
-            f"CUDA_VISIBLE_DEVICES (torch {torch.__version__})."
-        )
+    check_gpu(machine)
     devices = num_devices(machine)
     return LightningTrainer(
         barebones=True,
@@ -49,6 +45,15 @@ def make_trainer(machine: Trainer, recipe: TrainRecipe) -> LightningTrainer:
         use_distributed_sampler=False,
         plugins=_plugins(machine.strategy, recipe.precision),
     )
+
+
+def check_gpu(machine: Trainer) -> None:
+    """Raises ConfigError for one that is asked for and not there."""
+    if machine.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"trainer.accelerator={machine.accelerator}: torch finds no GPU here. Choose trainer=cpu, or "
+            f"look at nvidia-smi and CUDA_VISIBLE_DEVICES (torch {torch.__version__})."
+        )
 
 
 def _precision(strategy: Strategy, precision: Precision) -> Any:
