@@ -11,11 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from morebench.config.compose import build
-from morebench.config.schema import Config, TaskData, Tracking, TrainingData, UncheckedData
+from morebench.config.schema import Config, Paths, Step, TaskData, Tracking, TrainingData, UncheckedData
 from morebench.data.checked import Status, changed_images_problem, data_state, open_checked
 from morebench.data.checked import told as told_counts
 from morebench.data.checking.check import check_data
 from morebench.errors import ConfigError, DataError, RunError, join_problems, resumable
+from morebench.evaluation import hub
 from morebench.models.weights import built_folder
 from morebench.processes import usable_cores
 
@@ -23,9 +24,9 @@ from morebench.processes import usable_cores
 def prepare(configs: Iterable[Config]) -> None:
     """Call every `build` recipe whose folder does not exist, one process each, as many as there are cores.
 
-    What was built here, or is not checked where `unchecked_data=check`, is then checked. Raises ConfigError
-    or RunError before anything is built when no run could start afterwards, DataError for data that cannot
-    be checked.
+    Fetches benchmark records where `download=true`. What was built here, or is not checked where
+    `unchecked_data=check`, is then checked. Raises ConfigError or RunError before anything is built when no
+    run could start afterwards, DataError for data that cannot be had or checked.
     """
     configs = list(configs)
     for config in configs:
@@ -33,6 +34,7 @@ def prepare(configs: Iterable[Config]) -> None:
         check_writable(Path(config.paths.runs))
     if missing := {folder: recipe for folder, recipe in _recipes(configs) if not folder.exists()}:
         _build_all(missing)
+    _download(configs)
     _check_data(configs)
 
 
@@ -45,6 +47,26 @@ def _build_all(missing: Mapping[Path, Mapping[str, Any]]) -> None:
         for job in as_completed(jobs):
             job.result()
             print(f"built {jobs[job].name} after {time.monotonic() - begun:.0f} s", file=sys.stderr)
+
+
+def _download(configs: Sequence[Config]) -> None:
+    """Benchmark records that are not here, where `download=true`: run ids are made of their content."""
+    todo: dict[str, tuple[TaskData, Paths]] = {}
+    for config in configs:
+        if config.download and Step.evaluate in config.stage.steps:
+            for task in config.suite.tasks.values():
+                if task.data.records is None:
+                    todo[str(task.data)] = task.data, config.paths
+    problems = []
+    for data, paths in todo.values():
+        try:
+            if hub.find_place(data, paths) is None:
+                _say(f"downloading {data.hub_id}")
+                hub.download(data)
+        except DataError as error:
+            problems.append(f"{data.hub_id}: {error}")
+    if problems:
+        raise DataError(join_problems(problems))
 
 
 def _check_data(configs: Sequence[Config]) -> None:

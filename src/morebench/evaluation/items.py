@@ -18,6 +18,25 @@ class StoredImage:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """An image that a question is about."""
+
+    row: int
+    place: str  # `image`, which may be a list of one; or `image[2]`: one of a list
+    id: str  # of the item, for people
+
+    @property
+    def column(self) -> str:
+        return self.place.partition("[")[0]
+
+    @property
+    def number(self) -> int | None:
+        """In the list."""
+        number = self.place.partition("[")[2]
+        return int(number.removesuffix("]")) if number else None
+
+
+@dataclass(frozen=True)
 class Item:
     """One question of a task. `images`: one per image token of the question, in order."""
 
@@ -29,8 +48,20 @@ class Item:
 
 
 @dataclass(frozen=True)
+class TaskSource:
+    """Where records come from; belongs into results."""
+
+    origin: str  # for people: a local mirror, the Hugging Face cache, a records file
+    folder: str
+    hub_id: str | None
+    commit: str | None  # of the hub's repository, where known
+    content_hash: str  # as in the run id
+
+
+@dataclass(frozen=True)
 class OpenTask:
     name: str
     benchmark: Benchmark
     items: Sequence[Item]
     max_new_tokens: int
+    source: TaskSource

@@ -127,7 +127,7 @@ def _tasks(suite: Suite, profile: Profile, sources: Sources, paths: Paths) -> di
         name: {
             "code": task.code,
             "max_new_tokens": task.max_new_tokens[profile.name],
-            "data": sources.task(task.data, paths),
+            "data": sources.task(name, task.data, paths),
         }
         for name, task in suite.tasks.items()
     }

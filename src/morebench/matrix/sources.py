@@ -8,6 +8,8 @@ from pathlib import Path
 from morebench.config.compose import compose_config
 from morebench.config.schema import Config, Paths, TaskData, TrainingData, Weights
 from morebench.data.checked import DataState, Status, data_state, usability_problems
+from morebench.errors import DataError
+from morebench.evaluation import hub
 from morebench.evaluation.records import task_hash
 from morebench.models.weights import absence, folder_hash, locate
 
@@ -60,17 +62,24 @@ class Sources:
             self.unusable.update(dict.fromkeys(problems))
         return found
 
-    def task(self, data: TaskData, paths: Paths) -> str:
-        return self._hash(
-            ("task", data.folder, str(data.records), str(data.config), str(data.split)),
-            lambda: task_hash(data, paths),
-            lambda: _no_file(
-                data.hub_id or data.folder,
-                Path(paths.data) / data.folder,
-                data.records or "a copy of the hub's data set",
-                data.build is not None,
-            ),
-        )
+    def task(self, name: str, data: TaskData, paths: Paths) -> str:
+        problem: str | None = None
+
+        def look() -> str | None:
+            nonlocal problem
+            try:
+                return task_hash(data, paths)
+            except DataError as error:  # one of several tasks, perhaps: all are named at once
+                problem = f"{name}: {error}"
+                return None
+
+        def absence() -> str:
+            if problem is not None or data.records is None:
+                return problem or f"{name}: {hub.absence(data, paths)}"
+            folder = Path(paths.data) / data.folder
+            return _no_file(data.folder, folder, data.records, data.build is not None)
+
+        return self._hash(("task", data.folder, str(data)), look, absence)
 
     def _hash(self, key: tuple[str, ...], look: Callable[[], str | None], absence: Callable[[], str]) -> str:
         if key not in self._known:

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from morebench.config.schema import Config, Part, Paths, Weights
+from morebench.data.hashes import file_hashes
 from morebench.errors import WeightsError, join_problems
 
 _HASHED = (".safetensors", ".json")
@@ -88,25 +88,17 @@ def folder_hash(folder: Path, cache: Path) -> str:
 
     Contents are read once: a file of unchanged size and mtime keeps the hash remembered below `cache`.
     """
-    memory_file = cache / "hashes" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
-    memory = json.loads(memory_file.read_text()) if memory_file.is_file() else {}
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in _HASHED and path.is_file()):
-        name, stat = path.relative_to(folder).as_posix(), path.stat()
-        size, mtime_ns, digest = memory.get(name, (None, None, ""))
-        if (size, mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[name] = (stat.st_size, stat.st_mtime_ns, digest)
-    if not files:
+    names = [
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in _HASHED and path.is_file()
+    ]
+    if not names:
         raise WeightsError(f"{folder} has neither *.safetensors nor *.json: these are no weights.")
-    if {name: tuple(entry) for name, entry in memory.items()} != files:
-        memory_file.parent.mkdir(parents=True, exist_ok=True)
-        aside = memory_file.with_name(f"{memory_file.name}.tmp-{os.getpid()}")
-        aside.write_text(json.dumps(files))
-        aside.replace(memory_file)
-    listing = "\n".join(f"{name} {digest}" for name, (_, _, digest) in files.items())
-    return hashlib.sha256(listing.encode()).hexdigest()
+    hashes = file_hashes(folder, names, cache)
+    return hashlib.sha256(
+        "\n".join(f"{name} {digest}" for name, digest in hashes.items()).encode()
+    ).hexdigest()
 
 
 def _cached_snapshot(hub_id: str, revision: str | None) -> Path | None:

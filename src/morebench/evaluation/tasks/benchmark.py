@@ -35,7 +35,11 @@ class Scored:
 
 class Benchmark(ABC):
     fields: ClassVar[tuple[str, ...]]
-    """Record fields that cannot be missing, images aside."""
+    """Record fields that cannot be missing or null, images aside."""
+    unique: ClassVar[str | None] = None
+    """The one of `fields` that no two records share, if there is one."""
+    instead_of_null: ClassVar[Mapping[str, str]] = {}
+    """What the hub's data has in a field where a copy of it may have null."""
 
     @abstractmethod
     def question(self, record: Record, profile: Profile) -> Question: ...

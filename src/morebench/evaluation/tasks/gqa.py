@@ -13,7 +13,8 @@ from morebench.evaluation.tasks.benchmark import (
 
 
 class GQA(Benchmark):
-    fields = ("question", "answer")
+    fields = ("question", "answer", "id")
+    unique = "id"
 
     def question(self, record: Record, profile: Profile) -> Question:
         return with_image_tokens(f"{record['question']}\n{SHORT_ANSWER}", ("image",), profile)

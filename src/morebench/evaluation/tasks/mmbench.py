@@ -2,8 +2,9 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from morebench.config.schema import Profile
 from morebench.errors import ConfigError, DataError
@@ -40,6 +41,8 @@ class MMBench(Benchmark):
     letter as lmms-eval does when its judge cannot be reached."""
 
     fields = ("index", "question", "hint", "answer", "A", "B", "C", "D", "category")
+    unique = "index"
+    instead_of_null: ClassVar[Mapping[str, str]] = dict.fromkeys(("hint", "A", "B", "C", "D"), _MISSING)
 
     def __init__(self, language: str, judge: str = "none"):
         if language not in _INSTRUCTIONS:

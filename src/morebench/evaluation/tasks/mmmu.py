@@ -42,6 +42,7 @@ DOMAINS = {
 
 class MMMU(Benchmark):
     fields = ("id", "question", "options", "answer", "question_type")
+    unique = "id"
 
     def question(self, record: Record, profile: Profile) -> Question:
         is_paper = profile is Profile.paper

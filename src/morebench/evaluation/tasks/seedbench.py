@@ -38,6 +38,8 @@ class SEEDBench(Benchmark):
         stored = record.get("image")
         if record["data_type"] != "video" or not isinstance(stored, Sequence) or isinstance(stored, str):
             return ("image",)
+        if not stored:
+            raise DataError("`image` holds no frame of the video")
         frames = tuple(f"image[{i}]" for i in range(len(stored)))
         chosen = self.video_frames
         if chosen == "profile":

@@ -16,7 +16,8 @@ _FULL_AGREEMENT = 3  # other annotators with the same answer that give the full 
 
 
 class TextVQA(Benchmark):
-    fields = ("question", "answers", "ocr_tokens")
+    fields = ("question", "answers", "ocr_tokens", "question_id")
+    unique = "question_id"
 
     def question(self, record: Record, profile: Profile) -> Question:
         text = str(record["question"]).capitalize()
