@@ -9,7 +9,7 @@ import pytest
 
 from morebench.config.schema import Profile
 from morebench.errors import DataError
-from morebench.evaluation.items import Item, OpenTask
+from morebench.evaluation.items import Item, OpenTask, TaskSource
 from morebench.evaluation.outputs import MAX_BYTES, read_outputs
 from morebench.evaluation.replay import Replayed, replay_outputs
 from morebench.evaluation.tasks.ai2d import AI2D
@@ -30,7 +30,7 @@ def task_of(name: str, benchmark: Benchmark, records: Sequence[Record], profile:
         Item(at, str(record.get("id", at)), record, benchmark.question(record, profile), ())
         for at, record in enumerate(records)
     ]
-    return OpenTask(name, benchmark, items, 16)
+    return OpenTask(name, benchmark, items, 16, TaskSource("here", "", None, None, ""))
 
 
 def write(path: Path, lines: Sequence[Any]) -> Path:
