@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from suite_answers import MANNERS, replies, standing_in
-from suite_cell import make_config
+from suite_cell import make_configs
 from suite_records import write_mirrors
 
 from morebench.config.compose import save_config
@@ -55,7 +55,7 @@ def measure(root: Path, scale: float, profile: Profile, manner: str | None, cloc
     """Column -> its score. Writes everything below `root`."""
     with clock("write the mirror"):
         num_rows = write_mirrors(root / "data", scale)
-    config = make_config(root, num_rows, profile)
+    config = make_configs(root, num_rows)[profile]
     with clock("open the tasks"):
         sheets = open_sheets(config)
     with clock("write the prompts"):

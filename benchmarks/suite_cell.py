@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from factories_data import paths_below, tokenizer_for
 
 
-def make_config(root: Path, num_rows: Mapping[str, int], profile: Profile) -> Config:
-    """Evaluates suite llava_more_13 from `root`/data. `num_rows`: rows that each task has there."""
+def make_configs(root: Path, num_rows: Mapping[str, int]) -> dict[Profile, Config]:
+    """Evaluate suite llava_more_13 from `root`/data. `num_rows`: rows that each task has there."""
     tokenizer_for("llama_3_1").save_pretrained(root / "llm")
     config = compose_config(["llm=llama31_8b", "vision=clip", "stage=evaluate", "trainer=cpu"]).config
     tasks = {
@@ -21,11 +21,15 @@ def make_config(root: Path, num_rows: Mapping[str, int], profile: Profile) -> Co
         for name, task in config.suite.tasks.items()
     }
     nowhere = Weights(folder=str(root / "llm"), hub_id=None, revision=None, build=None)
-    return replace(
+    config = replace(
         config,
         llm=replace(config.llm, weights=nowhere),
         vision=replace(config.vision, weights=nowhere),
         paths=paths_below(root),
         suite=replace(config.suite, tasks=tasks),
-        stage=replace(config.stage, evaluate=replace(config.stage.evaluate, profile=profile)),
     )
+    stage = config.stage
+    return {
+        profile: replace(config, stage=replace(stage, evaluate=replace(stage.evaluate, profile=profile)))
+        for profile in Profile
+    }
