@@ -2,24 +2,28 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from factories_training import make_cell
 from factories_vision import normalise_of
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from morebench.config.compose import load_chat_format
-from morebench.config.schema import Profile, Task, TaskData
+from morebench.config.schema import Config, Profile, Suite, Task, TaskData
 from morebench.data.chat import ChatFormat
 from morebench.models.attention import VARLEN
 from morebench.models.llm import llm_config
 from morebench.models.mllm import MLLM
+from morebench.models.parts import build_mllm, save_parts
 from morebench.models.projector import MLPProjector
 from morebench.models.vision import OpenClipEncoder
+from morebench.models.weights import starting_weights
 
 VISION_SHAPE: dict[str, Any] = {
     "image_size": 24,
@@ -71,11 +75,11 @@ def byte_tokenizer(family: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_mllm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> MLLM:
+def tiny_mllm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> MLLM:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = llm_config(llm_shape(family, len(tokenizer)))
+    config = llm_config(llm_shape(family, len(tokenizer)) | changes)
     llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=VARLEN)
     with torch.no_grad():  # less of the last token, more of what it attends to
         llm.get_input_embeddings().weight.mul_(0.1)
@@ -126,3 +130,39 @@ def make_task(folder: Path, name: str, generator: np.random.Generator) -> Task:
     )
     code = {"_target_": f"morebench.evaluation.tasks.{CLASSES[name]}"}
     return Task(label=name, data=place, code=code, max_new_tokens={profile.name: 5 for profile in Profile})
+
+
+def make_finetuned(root: Path, **changes: Any) -> tuple[Config, Path]:
+    """A config with three tasks under both controls, and the folder of a finetune run (of random weights)."""
+    config = make_cell(root)
+    generator = np.random.default_rng(0)
+    tasks = {name: make_task(root / "data" / "toy", name, generator) for name in CLASSES}
+    recipe = replace(config.stage.evaluate, **{"controls": ["blind", "shuffled"], **changes})
+    config = replace(
+        config,
+        suite=Suite(label="Toy", tasks=tasks, columns=[]),
+        stage=replace(config.stage, evaluate=recipe),
+    )
+    parent = root / "runs" / "finetune"
+    parent.mkdir(parents=True)
+    torch.manual_seed(1)
+    save_parts(
+        build_mllm(config, dict(starting_weights(config)), recipe.precision),
+        config.stage.finetune.trainable,
+        parent,
+    )
+    return config, parent
+
+
+def artefacts(folder: Path) -> dict[str, Any]:
+    """Every file an evaluation leaves but for what a clock wrote."""
+    files: dict[str, Any] = {
+        str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*.jsonl"))
+    }
+    results = json.loads((folder / "results.json").read_text())
+    assert results.pop("seconds") > 0
+    for found in (results["tasks"], *results["controls"].values()):
+        for result in found.values():
+            assert result.pop("seconds") > 0
+            assert result.pop("questions_per_s") > 0
+    return files | results

@@ -288,3 +288,27 @@ def test_a_cut_right_behind_the_last_visual_token_is_no_mistake():
         DataError, match=rf"do not fit into max_length={end - 1}; the last one is token {end}"
     ):
         chat.encode(sample, tokenizer, V, end - 1)
+
+
+@pytest.mark.parametrize("stem", DIFFERENT_FORMATS)
+def test_a_prompt_as_written_leaves_its_image_where_it_stands(stem: str):
+    chat, tokenizer = chat_format(stem), tokenizer_for(stem)
+    question = "Look at <image> and <b>. Which one?"
+    written = chat.encode_prompt(question, tokenizer, V, as_written=True)
+    words = decode(stem, np.where(written.visual_mask, tokenizer("#").input_ids[-1], written.input_ids))
+    # v1's tokenizer puts a space in front of every text
+    assert f"Look at {'#' * V} and <b>. Which one?" in words.replace("  ", " ")
+    moved = chat.encode_prompt(question, tokenizer, V)
+    assert written.visual_mask.argmax() > moved.visual_mask.argmax()
+
+
+@pytest.mark.parametrize("stem", DIFFERENT_FORMATS)
+@pytest.mark.parametrize(
+    "question", ["<image>\nWhat is this?\nA. x", "<image> and <image>\nwhich?", "No image.", "<image>"]
+)
+def test_a_prompt_as_written_is_the_training_prompt_where_nothing_moves(stem: str, question: str):
+    chat, tokenizer = chat_format(stem), tokenizer_for(stem)
+    written = chat.encode_prompt(question, tokenizer, V, as_written=True)
+    moved = chat.encode_prompt(question, tokenizer, V)
+    np.testing.assert_array_equal(written.input_ids, moved.input_ids)
+    np.testing.assert_array_equal(written.visual_mask, moved.visual_mask)

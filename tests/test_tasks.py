@@ -13,10 +13,12 @@ from morebench.evaluation.tasks.benchmark import Benchmark, with_image_tokens
 from morebench.evaluation.tasks.mmbench import MMBench
 from morebench.evaluation.tasks.mme import MME
 from morebench.evaluation.tasks.mmmu import MMMU
+from morebench.evaluation.tasks.pope import POPE
 from morebench.evaluation.tasks.scienceqa import ScienceQA
 from morebench.evaluation.tasks.seedbench import SEEDBench
 
 PAPER, NEWER = Profile.paper, Profile.lmms_eval_0_7_3
+MMMU_CHOICE = {"id": "validation_Art_1", "question_type": "multiple-choice"}
 
 
 def test_images_without_a_token_of_their_own_get_one_or_one_each() -> None:
@@ -54,11 +56,15 @@ def test_seed_videos_show_the_chosen_frames(frames: str, profile: Profile, image
         (AI2D(), {"options": ["a", "b"], "answer": "2"}),
         (AI2D(), {"options": ["a", "b"], "answer": "B"}),
         (ScienceQA(), {"choices": ["a", "b"], "answer": 2}),
-        (SEEDBench(), {"answer": "E"}),
+        (SEEDBench(), {"answer": "E", "data_type": "image"}),
+        (SEEDBench(), {"answer": "A", "data_type": "sound"}),
+        (POPE(), {"answer": "maybe"}),
+        (MME(), {"category": "OCR", "answer": "7"}),
+        (MMMU(), {"id": "Art", "question_type": "open", "answer": "7"}),
         (MME(), {"category": "chess", "answer": "Yes"}),
         (MMBench("en"), {"answer": "C", "C": "nan"}),
-        (MMMU(), {"question_type": "multiple-choice", "options": "['a']", "answer": "B"}),
-        (MMMU(), {"question_type": "multiple-choice", "options": "['a'", "answer": "A"}),
+        (MMMU(), MMMU_CHOICE | {"options": "['a']", "answer": "B"}),
+        (MMMU(), MMMU_CHOICE | {"options": "['a'", "answer": "A"}),
     ],
     ids=lambda value: type(value).__name__,
 )

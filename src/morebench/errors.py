@@ -47,6 +47,10 @@ class RunError(MorebenchError):
     exit_code = EXIT_USER
 
 
+class JudgeError(MorebenchError):
+    """The model that reads what no rule can read is out of reach; what was generated is kept."""
+
+
 class FencedError(RunError):
     """The run belongs to another process by now: this one must not write to its folder any more."""
 

@@ -6,14 +6,15 @@
     python -m morebench.evaluate outputs=FILE task=NAME [profile=lmms_eval_0_7_3] [paths.data=DIR] ...
 
 run=ID: the run's own config says what the model is and, unless overridden, which suite it answers; what may
-be overridden is suite, stage.evaluate, trainer, tracking, paths, download, unchecked_data, max_quarantined.
+be overridden is suite, stage.evaluate, trainer, tracking, paths, unchecked_data, max_quarantined, download.
 Everything else is `python -m morebench.train stage=evaluate parent=ID OVERRIDE ...`, and whole cells are
 evaluated by `python -m morebench.train [-m] stage=evaluate OVERRIDE ...`, which runs missing parents first.
 
 rescore=true: score the predictions of an evaluate run, or of a finetune run's, again, without a GPU or a
 model. The same config: in place; another one is another run. What would have to be generated again is listed.
 
-golden=DIR: our scorers, both profiles; prints one line per file and exits with 1 on any mismatch.
+golden=DIR: our scorers, both profiles; prints one line per file and exits with 1 on any mismatch, with 2 if a
+file is none of measured cases.
 
 outputs=FILE: published outputs of every item of a task (lmms-eval's logged samples, LLaVA's answers file, or
 lines of `id` and `prediction`); compares scores, and metrics of a results file beside it; exits with 1 on any
@@ -35,7 +36,7 @@ from morebench.config.compose import (
 )
 from morebench.config.overrides import check
 from morebench.config.schema import AXES, Config, Step
-from morebench.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError, join_problems
+from morebench.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, ConfigError, DataError, join_problems
 
 _OWN = ("golden", "outputs", "run", "rescore")  # keys of this command alone
 _SHOWN = 5  # differences printed per file
@@ -43,9 +44,9 @@ _MACHINE = (
     "paths",
     "trainer",
     "tracking",
-    "download",
     "unchecked_data",
     "max_quarantined",
+    "download",
 )  # of this start, not of the one that trained
 _OVERRIDABLE = ("suite", "stage.evaluate", *_MACHINE)
 
@@ -179,14 +180,23 @@ def _replay(folder: Path) -> int:
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise DataError(f"{folder} holds no *.json files.")
-    differ = False
+    differ = unread = False
     for path in paths:
-        result = replay(path)
+        try:
+            result = replay(path)
+        except DataError as error:
+            unread = True
+            print(error)
+            continue
         differ |= bool(result.differences)
-        print(f"{result.name}: {result.num_compared} compared, {len(result.differences)} differ")
+        left_out = len(result.not_compared)
+        print(
+            f"{result.name}: {result.num_compared} compared, {len(result.differences)} differ, "
+            f"{left_out} keys not compared{': ' if left_out else ''}{', '.join(result.not_compared)}"
+        )
         for line in result.differences[:_SHOWN]:
             print(f"  {line}")
-    return EXIT_FAILED if differ else EXIT_DONE
+    return EXIT_FAILED if differ else EXIT_USER if unread else EXIT_DONE
 
 
 if __name__ == "__main__":

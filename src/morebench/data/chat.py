@@ -99,10 +99,17 @@ class ChatFormat:
             found.append(_counts(spans, max_length))
         return found
 
-    def encode_prompt(self, question: str, tokenizer: "Tokenizer", num_visual_tokens: int) -> Encoded:
-        """The first ids of `encode` for a sample that opens with `question`, up to its answer."""
+    def encode_prompt(
+        self, question: str, tokenizer: "Tokenizer", num_visual_tokens: int, as_written: bool = False
+    ) -> Encoded:
+        """The first ids of `encode` for a sample that opens with `question`, up to its answer.
+
+        `as_written`: a single image keeps its place in the question, as in the study's evaluation. No
+        difference for a question that is the image, a newline and a text without white space around it.
+        """
         opening = takewhile(lambda segment: "{answer}" not in segment.text, self.turn)
-        segments = [*self.start, *self._fill(opening, Turn(question, ""))]
+        asked = question if as_written else _place_image(question)
+        segments = [*self.start, *self._fill(opening, Turn(asked, ""))]
         where = f"question {question[:60]!r}"
         num_images = question.count(IMAGE_TOKEN)
         return self._encode(segments, tokenizer, num_visual_tokens, num_images, None, where)
@@ -144,11 +151,11 @@ class ChatFormat:
     def _segments(self, sample: Sample) -> list[Segment]:
         segments = [*self.start]
         for turn in sample.turns:
-            segments += self._fill(self.turn, turn)
+            segments += self._fill(self.turn, Turn(_place_image(turn.question), turn.answer))
         return segments
 
     def _fill(self, segments: "Sequence[Segment] | Iterator[Segment]", turn: Turn) -> list[Segment]:
-        question, answer = _place_image(turn.question), turn.answer
+        question, answer = turn.question, turn.answer
         if self.trim:
             question, answer = question.strip(), answer.strip()
         values = {"{question}": question, "{answer}": answer}
@@ -255,7 +262,7 @@ def _segment(item: Mapping[str, Any], label: str) -> Segment:
 
 
 def _place_image(question: str) -> str:
-    """LLaVA's pre-pass: a turn's one image goes in front. Several images keep their places."""
+    """LLaVA's pre-pass over training records: a turn's one image goes in front. Several keep their places."""
     if question.count(IMAGE_TOKEN) != 1:
         return question
     return f"{IMAGE_TOKEN}\n{question.replace(IMAGE_TOKEN, '').strip()}".strip()

@@ -13,10 +13,10 @@ Line = Mapping[str, Any]
 # Kind -> what it means.
 KINDS = {
     "empty": "no text",
-    "unparsed": "the scorer could not read an answer in it",
+    "unparsed": "not what the task asks for",
     "too_long": "cut at max_new_tokens",
-    "needs_judge": "only a judge could tell which option is meant",
-    "random_fallback": "the scorer guessed, as the reference does",
+    "needs_judge": "what it means would decide the item, and no rule reads it",
+    "random_fallback": "an answer was drawn, as the reference does",
     "unreadable_tokens": "has ids beyond the tokenizer's, which have no text",
     "near_ties": "two best tokens nearly equal: another batch may answer otherwise",
 }

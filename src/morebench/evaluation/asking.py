@@ -2,11 +2,11 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,11 +14,11 @@ from morebench.config.compose import load_chat_format, load_shape
 from morebench.config.schema import Config, Part
 from morebench.config.visual import num_visual_tokens
 from morebench.data.chat import ChatFormat, Encoded
-from morebench.evaluation.generate import Generator, Request, generation_attention
-from morebench.evaluation.model import load_model
+from morebench.evaluation.chunks import Request
+from morebench.evaluation.generate import Generator
+from morebench.evaluation.model import LoadedModel, load_model
 from morebench.evaluation.sheets import Sheet
 from morebench.models.llm import load_tokenizer
-from morebench.models.rope import check_answers
 from morebench.models.weights import starting_weights
 from morebench.training.choices import threads_for
 from morebench.training.strategy import exact_arithmetic
@@ -47,17 +47,22 @@ class Asked:
         return found
 
 
+class Job(NamedTuple):
+    requests: Sequence[int]  # answered together
+    share: bool = True  # what is equal of their prompts is computed once
+
+
 @dataclass(frozen=True)
 class Answered:
-    """One chunk. `answers`: fields of an Answer, in the chunk's order."""
+    """A job's. `answers`: fields of an Answer, in order."""
 
     answers: Sequence[dict[str, Any]]
     seconds: float  # that one device took
+    halved: int  # times that a part of it did not fit the device's memory as a whole
 
 
 def ask(config: Config, sheets: Sequence[Sheet]) -> Asked:
-    """Raises WeightsError without a tokenizer, ConfigError if it cannot write the chat format, DataError for
-    prompts that are too long."""
+    """Raises WeightsError without a tokenizer, ConfigError if it cannot write the chat format."""
     tokenizer = load_tokenizer(config.llm, starting_weights(config)[Part.llm])
     chat = ChatFormat.from_dict(load_chat_format(config.stage.finetune.chat_format or config.llm.chat_format))
     chat.check(tokenizer)
@@ -69,8 +74,6 @@ def ask(config: Config, sheets: Sequence[Sheet]) -> Asked:
         if task.name not in prompts:
             texts = [item.question.text for item in task.items]
             prompts[task.name] = [chat.encode_prompt(text, tokenizer, visual) for text in texts]
-            lengths = [len(prompt.input_ids) for prompt in prompts[task.name]]
-            check_answers(config.llm, lengths, task.max_new_tokens, task.name)
         for at, prompt in enumerate(prompts[task.name]):
             places.append((number, at))
             requests.append(Request(prompt, sheet.images[at], task.max_new_tokens))
@@ -82,20 +85,24 @@ def _hash(prompt: Encoded) -> str:
     return hashlib.sha256(prompt.input_ids.tobytes() + prompt.visual_mask.tobytes()).hexdigest()
 
 
+class Answering:
+    """A loaded model that answers."""
+
+    def __init__(self, config: Config, model: LoadedModel, asked: Asked) -> None:
+        # Positions of the LLM's cache that this device has room for.
+        self.cache_positions = model.cache_positions(config.trainer.evaluate_cache_gib)
+        self._asked, self._generator = asked, Generator(model)
+
+    def answer(self, job: Job) -> Answered:
+        """Raises NonFiniteError, and SampleError that names the item whose image cannot be decoded."""
+        started, halved = time.monotonic(), self._generator.out_of_memory
+        requests = [self._asked.requests[i] for i in job.requests]
+        answers = [asdict(answer) for answer in self._generator.answer(requests, job.share)]
+        return Answered(answers, time.monotonic() - started, self._generator.out_of_memory - halved)
+
+
 @contextmanager
-def answering(
-    config: Config, parent: Path, device: str, asked: Asked
-) -> Iterator[Callable[[Sequence[int]], Answered]]:
-    """A function that answers a chunk. Raises WeightsError; the function NonFiniteError, and SampleError that
-    names the item whose image cannot be decoded."""
+def answering(config: Config, parent: Path, device: str, asked: Asked) -> Iterator[Answering]:
+    """`parent`: the finetune run. Raises WeightsError."""
     with exact_arithmetic(threads_for(config.trainer)):
-        model = load_model(config, parent, torch.device(device))
-        generator = Generator(model)
-
-        def answer(chunk: Sequence[int]) -> Answered:
-            started = time.monotonic()
-            answers = generator.answer([asked.requests[i] for i in chunk])
-            return Answered([asdict(one) for one in answers], time.monotonic() - started)
-
-        with generation_attention(model.mllm.llm):
-            yield answer
+        yield Answering(config, load_model(config, parent, torch.device(device)), asked)

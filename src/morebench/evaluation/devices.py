@@ -1,6 +1,6 @@
-"""Where chunks are answered: in this process on one device, or in one process for each of several.
+"""Where questions are answered: in this process on one device, or in one process for each of several.
 
-Whoever asks for answers is the only one that writes. Chunks are dealt as devices become free, which changes
+Whoever asks for answers is the only one that writes. Jobs are dealt as devices become free, which changes
 when an answer comes, never what it is.
 """
 
@@ -11,24 +11,25 @@ import signal
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from math import inf
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from morebench.config.schema import Config, Trainer
-from morebench.errors import EXIT_FAILED, EXIT_USER, ConfigError, RankError, outcome_of
+from morebench.errors import EXIT_FAILED, EXIT_USER, ConfigError, DataError, RankError, outcome_of
 from morebench.processes import exit_text, leave_with_parent, log_to_stderr, signals_held, usable_cores
 from morebench.training.signals import ASKING, StopRequest
 
 if TYPE_CHECKING:  # a spawned process chooses its number of threads before it imports torch
-    from morebench.evaluation.asking import Answered, Asked
+    from morebench.evaluation.asking import Answered, Answering, Asked, Job
 
 _CONTEXT: BaseContext = multiprocessing.get_context("spawn")  # a fork would share what a library began
 _POLL_S = 0.2  # how soon a request to stop is seen
-_GRACE_S = 30.0  # how long chunks in the making are waited for after one; launchers wait for 60
+_GRACE_S = 30.0  # how long answers in the making are then waited for; launchers wait for 60
 
 
 def devices_for(trainer: Trainer) -> list[str]:
@@ -49,62 +50,77 @@ def devices_for(trainer: Trainer) -> list[str]:
     return [f"cuda:{number}" for number in range(count)]
 
 
-def answers(
-    config: Config,
-    parent: Path,
-    devices: Sequence[str],
-    asked: "Asked",
-    chunks: Sequence[Sequence[int]],
-    stop: StopRequest,
-) -> Iterator[tuple[int, "Answered"]]:
-    """(place in `chunks`, answers) as they come; after a request to stop those in the making, and no more.
+class Devices(Protocol):
+    cache_positions: int  # of the LLM's cache that each has room for
 
-    Raises what the chunk that cannot be answered raises, or RankError with that exit code from another
-    process; RankError too when a process dies.
-    """
-    if not chunks:
-        return
+    def answers(self, jobs: Sequence["Job"], stop: StopRequest) -> Iterator[tuple[int, "Answered"]]:
+        """(place in `jobs`, answers) as they come; after a request to stop those in the making, no more.
+
+        Raises what `Answering.answer` raises; in other processes that is a RankError with that exit code, and
+        a process that dies is one too.
+        """
+
+
+@contextmanager
+def opened(config: Config, parent: Path, devices: Sequence[str], asked: "Asked") -> Iterator[Devices]:
+    """With the model of the finetune run `parent` on each. Raises WeightsError, or RankError."""
     if len(devices) == 1:
         from morebench.evaluation.asking import answering
 
-        with answering(config, parent, devices[0], asked) as answer:
-            for number, chunk in enumerate(chunks):
-                if stop.signal_name is not None:
-                    return
-                yield number, answer(chunk)
+        with answering(config, parent, devices[0], asked) as here:
+            yield _Here(here)
         return
     threads = config.trainer.threads or max(1, usable_cores() // len(devices))
     environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    processes: list[_Process] = []
+    processes: list[Process] = []
     try:
-        for number, device in enumerate(devices[: len(chunks)]):
-            processes.append(_Process(number, device, environment, config, parent, asked.digest))
-        yield from _deal(processes, deque(enumerate(chunks)), stop)
+        for number, device in enumerate(devices):
+            name = f"evaluate process {number} ({device})"
+            processes.append(Process(name, _serve, device, environment, config, parent, asked.digest))
+        yield Processes(processes)
     finally:
         for process in processes:
             process.leave()
 
 
-def _deal(
-    processes: Sequence["_Process"], waiting: deque[tuple[int, Sequence[int]]], stop: StopRequest
-) -> Iterator[tuple[int, "Answered"]]:
-    until: float | None = None
-    for process in processes:
-        process.answer(*waiting.popleft())
-    while busy := [process for process in processes if process.chunk is not None]:
-        if stop.signal_name is not None:
-            waiting.clear()
-            until = until or time.monotonic() + _GRACE_S
-            if time.monotonic() > until:
+class _Here:
+    def __init__(self, answering: "Answering") -> None:
+        self._answering = answering
+        self.cache_positions = answering.cache_positions
+
+    def answers(self, jobs: Sequence["Job"], stop: StopRequest) -> Iterator[tuple[int, "Answered"]]:
+        for number, job in enumerate(jobs):
+            if stop.signal_name is not None:
                 return
-        wait([handle for process in busy for handle in process.handles], timeout=_POLL_S)
-        new = [(process.number, found) for process in busy if (found := process.look()) is not None]
-        for process in busy:  # before the answers are saved: a device should not wait for a disk
-            if process.chunk is None and waiting and stop.signal_name is None:
-                process.answer(*waiting.popleft())
-        yield from new
-        if ends := [process.end for process in busy if process.end is not None]:
+            yield number, self._answering.answer(job)
+
+
+class Processes:
+    def __init__(self, processes: Sequence["Process"]) -> None:
+        self._processes = processes
+        self.cache_positions = min(process.ready() for process in processes)
+
+    def answers(self, jobs: Sequence["Job"], stop: StopRequest) -> Iterator[tuple[int, "Answered"]]:
+        waiting = deque(enumerate(jobs))
+        until = inf
+        self._deal(waiting)
+        while (
+            busy := [process for process in self._processes if process.is_busy]
+        ) and time.monotonic() < until:
+            wait([handle for process in busy for handle in process.handles], timeout=_POLL_S)
+            new = [found for process in busy if (found := process.look()) is not None]
+            if stop.signal_name is not None or any(process.end for process in busy):
+                waiting.clear()
+                until = min(until, time.monotonic() + _GRACE_S)
+            self._deal(waiting)  # before the answers are saved: a device should not wait for a disk
+            yield from new
+        if ends := [process.end for process in self._processes if process.end is not None]:
             raise _worst(ends)
+
+    def _deal(self, waiting: "deque[tuple[int, Job]]") -> None:
+        for process in self._processes:
+            if waiting and process.number is None:
+                process.answer(*waiting.popleft())
 
 
 def _worst(ends: Sequence[RankError]) -> RankError:
@@ -112,17 +128,20 @@ def _worst(ends: Sequence[RankError]) -> RankError:
     return min(ends, key=lambda end: (end.exit_code != EXIT_USER, end.exit_code == EXIT_FAILED))
 
 
-class _Process:
-    """One device's. It has one chunk at a time."""
+class Process:
+    """One device's. It has one job at a time.
 
-    def __init__(self, number: int, device: str, *arguments: object) -> None:
-        self.name = f"evaluate process {number} ({device})"
-        self.chunk: Sequence[int] | None = None
-        self.number = 0  # of the chunk
+    `serve` gets a connection: it sends (cache_positions, None) and then, for every job, (answers, None); or
+    (None, (exit code, message)) and ends.
+    """
+
+    def __init__(self, name: str, serve: Callable[..., None], *arguments: object) -> None:
+        self.name = name
+        self.number: int | None = None  # of the job it has
         self.end: RankError | None = None
         self._connection, theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(  # type: ignore[attr-defined]
-            target=_serve, args=(theirs, device, *arguments), name=self.name
+            target=serve, args=(theirs, *arguments), name=name
         )
         with signals_held(signal.SIGINT, *ASKING):  # inherited: the parent alone decides when to stop
             self._process.start()
@@ -132,39 +151,57 @@ class _Process:
     def handles(self) -> tuple[Any, ...]:
         return self._connection, self._process.sentinel
 
-    def answer(self, number: int, chunk: Sequence[int]) -> None:
-        self.number, self.chunk = number, chunk
-        with suppress(OSError):  # it died: `look` says how
-            self._connection.send(list(chunk))
+    @property
+    def is_busy(self) -> bool:
+        return self.number is not None and self.end is None
 
-    def look(self) -> "Answered | None":
-        """Its answers if they are there; otherwise sets `end` when it failed or died."""
-        died = not self._process.is_alive()
+    def ready(self) -> int:
+        """Its `cache_positions`, once the model is loaded. Raises RankError."""
+        wait(self.handles)
+        found = self._receive()
+        if self.end is not None:
+            raise self.end
+        return int(found)
+
+    def answer(self, number: int, job: "Job") -> None:
+        self.number = number
+        with suppress(OSError):  # it died: `look` says how
+            self._connection.send(job)
+
+    def look(self) -> "tuple[int, Answered] | None":
+        """Its job's number and answers if they are there; otherwise sets `end` when it failed or died."""
+        found = self._receive()
+        if found is None:
+            return None
+        number, self.number = self.number, None
+        assert number is not None
+        return number, found
+
+    def _receive(self) -> Any:
+        died = not self._process.is_alive()  # asked first: what it sent before is still there
         try:
             if self._connection.poll():
                 found, failure = self._connection.recv()
-                if failure is None:
-                    self.chunk = None
-                    answered: Answered = found
-                    return answered
-                code, message = failure
-                self.end = RankError(f"{self.name}: {message}", code)
-                return None
+                if failure is not None:
+                    code, message = failure
+                    self.end = RankError(f"{self.name}: {message}", code)
+                return found
         except (EOFError, OSError):
             died = True
         if died:
             self._process.join(1)
+            how = exit_text(self._process.exitcode)
             self.end = RankError(
-                f"{self.name} died ({exit_text(self._process.exitcode)}) over {len(self.chunk or ())} "
-                "questions. What was answered so far is kept; the next start goes on. See the run's log.txt.",
+                f"{self.name} died ({how}). What was answered so far is kept; the next start goes on. "
+                "See the run's log.txt.",
                 EXIT_FAILED,
             )
         return None
 
     def leave(self) -> None:
-        self._connection.close()
         self._process.kill()  # it holds nothing that is not computed again
         self._process.join()
+        self._connection.close()
 
 
 def _serve(
@@ -175,15 +212,15 @@ def _serve(
     parent: Path,
     digest: str,
 ) -> None:
-    """A process's life: chunks come in, answers go out."""
+    """A process's life: jobs come in, answers go out."""
     for number in (signal.SIGINT, *ASKING):
         signal.signal(number, signal.SIG_IGN)
     leave_with_parent(signal.SIGKILL)
     os.environ |= environment
     log_to_stderr()
     try:
-        for answered in _answers(_received(connection), device, config, parent, digest):
-            connection.send((answered, None))
+        for found in _served(connection, device, config, parent, digest):
+            connection.send((found, None))
     except BrokenPipeError:
         return  # the parent has given up
     except Exception as error:
@@ -193,23 +230,20 @@ def _serve(
         connection.send((None, (code, message)))
 
 
-def _received(connection: Connection) -> Iterator[Sequence[int]]:
-    while True:
-        try:
-            yield connection.recv()
-        except EOFError:  # the parent needs no more
-            return
-
-
-def _answers(
-    chunks: Iterable[Sequence[int]], device: str, config: Config, parent: Path, digest: str
-) -> "Iterator[Answered]":
+def _served(
+    connection: Connection, device: str, config: Config, parent: Path, digest: str
+) -> Iterator["int | Answered"]:
     from morebench.evaluation.asking import answering, ask
     from morebench.evaluation.sheets import open_sheets
 
     asked = ask(config, open_sheets(config))
     if asked.digest != digest:
-        raise ConfigError("The tasks' records or images changed while they were read. Start again.")
-    with answering(config, parent, device, asked) as answer:
-        for chunk in chunks:
-            yield answer(chunk)
+        raise DataError("The tasks' records or images changed while they were read. Start again.")
+    with answering(config, parent, device, asked) as here:
+        yield here.cache_positions
+        while True:
+            try:
+                job = connection.recv()
+            except (EOFError, ConnectionResetError):  # the parent needs no more
+                return
+            yield here.answer(job)

@@ -1,65 +1,60 @@
-"""Replays files of measured cases (`{"cases", "aggregate"}`) through our scorers, item by item."""
+"""Replays files of measured cases (`{"cases", "aggregate"}`) through our scorers, item by item.
+
+Everything in a file that one of our values answers to is compared; what is left over is named.
+"""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from morebench.config.schema import Profile
-from morebench.errors import DataError
-from morebench.evaluation.scoring import score_items
-from morebench.evaluation.tasks.ai2d import AI2D
-from morebench.evaluation.tasks.benchmark import Benchmark
-from morebench.evaluation.tasks.gqa import GQA
-from morebench.evaluation.tasks.mmbench import MMBench
-from morebench.evaluation.tasks.mme import MME
-from morebench.evaluation.tasks.mmmu import MMMU
-from morebench.evaluation.tasks.pope import POPE
-from morebench.evaluation.tasks.scienceqa import ScienceQA
-from morebench.evaluation.tasks.seedbench import SEEDBench
-from morebench.evaluation.tasks.textvqa import TextVQA
-from morebench.evaluation.vqa_answers import normalise
+from morebench.errors import DataError, MorebenchError
+from morebench.evaluation.golden_values import KINDS, Case, Values
 
 TOLERANCE = 1e-9
 
-_BENCHMARKS: dict[str, Callable[[], Benchmark]] = {
-    "ai2d": AI2D,
-    "gqa": GQA,
-    "mmbench": lambda: MMBench("en"),
-    "mmbench_cn": lambda: MMBench("cn"),
-    "mmbench_en": lambda: MMBench("en"),
-    "mme": MME,
-    "mmmu": MMMU,
-    "pope": POPE,
-    "scienceqa": ScienceQA,
-    "seed": SEEDBench,
-    "textvqa": TextVQA,
-}
-_OUR_NAME = {"perception": "mme_perception_score", "cognition": "mme_cognition_score"}
-_SCORE_KEY = {Profile.paper: "score", Profile.lmms_eval_0_7_3: "score_lmms_eval_0_7_3"}
-
-Case = Mapping[str, Any]
+_NO_RESULTS = frozenset({"id", "benchmark", "record", "prediction", "note", "provenance"})
 
 
 @dataclass(frozen=True)
 class Replay:
-    """`differences`: one line per item or aggregate that came out otherwise."""
+    """`differences`: a line per value that came out otherwise. `not_compared`: keys we have no value for."""
 
     name: str
     num_compared: int
     differences: tuple[str, ...]
+    not_compared: tuple[str, ...]
 
 
 class _Comparison:
     def __init__(self) -> None:
         self.num_compared = 0
         self.differences: list[str] = []
+        self.not_compared: dict[str, None] = {}
 
-    def same(self, where: str, expected: Any, found: Any) -> None:
+    def values(
+        self, where: str, expected: Mapping[str, Any], found: Mapping[str, Any], key: str = ""
+    ) -> None:
+        """`key`: where in the file the two mappings stand."""
+        for name, value in expected.items():
+            path = f"{key}.{name}" if key else name
+            if not key and name in _NO_RESULTS:
+                continue
+            if name not in found:
+                # A value that says nothing is nothing to compare.
+                if value is not None or key:
+                    self.not_compared[path] = None
+            elif isinstance(value, Mapping) and isinstance(found[name], Mapping):
+                self.values(where, value, found[name], path)
+            else:
+                self._same(f"{where}{path}", value, found[name])
+
+    def _same(self, where: str, expected: Any, found: Any) -> None:
         self.num_compared += 1
-        numbers = isinstance(expected, int | float) and isinstance(found, int | float)
-        if abs(expected - found) > TOLERANCE if numbers else expected != found:
+        if not _equal(expected, found):
             self.differences.append(f"{where}: expected {expected!r}, found {found!r}")
 
 
@@ -67,81 +62,57 @@ def replay(path: Path) -> Replay:
     """Raises DataError if the file is not one of golden cases of a benchmark we score."""
     try:
         golden = json.loads(path.read_text(encoding="utf-8"))
-        kind, cases = golden["benchmark"], golden["cases"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: expected JSON with `benchmark` and `cases`, found {error!r}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected JSON, but: {error}") from error
+    values = KINDS[_kind(path, golden)]
     comparison = _Comparison()
-    if kind == "vqa_normalizer":
-        for case in cases:
-            comparison.same(case["id"], case["score"], normalise(case["prediction"]))
-    elif kind == "prompts":
-        for case in cases:
-            _compare_prompt(case, comparison)
-    elif kind == "mmbench_circular":
-        _compare_circular(cases, golden["aggregate"][Profile.paper.name], comparison)
-    elif kind in _BENCHMARKS:
-        for profile in Profile:
-            _compare_items(_BENCHMARKS[kind](), cases, golden.get("aggregate", {}), profile, comparison)
-    else:
+    try:
+        cases = [_named(case, number) for number, case in enumerate(golden.get("cases", []))]
+        found = values(golden)
+        for case, ours in zip(cases, found.cases, strict=True):
+            comparison.values(f"{case['id']} ", case, ours)
+        for name, value in golden.items():
+            if name in found.whole:
+                comparison.values("", {name: value}, found.whole)
+            elif name not in ("cases", "benchmark", "provenance", "profiles"):
+                comparison.not_compared[name] = None
+    except MorebenchError as error:
+        raise DataError(f"{path}: a case can't be scored: {error}") from error
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise DataError(
-            f"{path}: unknown benchmark {kind!r}, expected one of {', '.join(sorted(_BENCHMARKS))}"
+            f"{path}: its cases are not of the form that a {path.stem} file has: {error!r}"
+        ) from error
+    if not comparison.num_compared:
+        raise DataError(f"{path}: holds nothing to compare.")
+    return Replay(
+        path.stem, comparison.num_compared, tuple(comparison.differences), tuple(comparison.not_compared)
+    )
+
+
+def _kind(path: Path, golden: Any) -> str:
+    """What the file's `benchmark` says, else its name (`gqa.json`, `gqa-large.json`)."""
+    stated = golden.get("benchmark") if isinstance(golden, dict) else None
+    name = str(stated or path.stem).lower()
+    fits = [kind for kind in KINDS if re.match(rf"{kind}($|[-_.])", name)]
+    if not isinstance(golden, dict) or not fits or not {"cases", "table"} & golden.keys():
+        raise DataError(
+            f"{path}: expected an object with `cases`, and as its `benchmark` or file name one of "
+            f"{', '.join(sorted(KINDS))}; found {name!r}"
+            + (f" with {', '.join(golden)}." if isinstance(golden, dict) and golden else ".")
         )
-    return Replay(path.stem, comparison.num_compared, tuple(comparison.differences))
+    return max(fits, key=len)
 
 
-def _compare_items(
-    benchmark: Benchmark,
-    cases: Sequence[Case],
-    aggregates: Mapping[str, Any],
-    profile: Profile,
-    comparison: _Comparison,
-) -> None:
-    items = score_items(benchmark, ((case["prediction"], case["record"]) for case in cases), profile)
-    for case, item in zip(cases, items, strict=True):
-        found = None if isinstance(benchmark, MMBench) and item.parsed is None else item.score
-        comparison.same(f"{case['id']} ({profile.name})", case[_SCORE_KEY[profile]], found)
-    expected = dict(aggregates.get(profile.name, {}))
-    if isinstance(benchmark, MMBench):  # single rows, not whole questions: counts of rows
-        ours = {
-            "resolved": float(sum(item.parsed is not None for item in items)),
-            "correct": sum(item.score for item in items),
-        }
-        expected.pop("static_correct", None)
-    else:
-        ours = benchmark.aggregate(items, profile)
-        expected |= expected.pop("per_category", {})
-        printable = expected.pop("printable", {})
-        expected |= {name: row["acc"] for name, row in printable.items() if name != "Overall"}
-    for name, value in expected.items():
-        comparison.same(f"{name} ({profile.name})", value, ours.get(_OUR_NAME.get(name) or name))
+def _named(case: Case, number: int) -> Case:
+    return {"id": f"case {number}", **case}
 
 
-def _compare_circular(cases: Sequence[Case], aggregate: Mapping[str, Any], comparison: _Comparison) -> None:
-    rows = [(row["prediction"], row) for case in cases for row in case["record"]["rows"]]
-    modes = (
-        ("none", "score_exact_matching", "overall_unresolved_wrong"),
-        ("lmms_random", "score", "overall_no_judge_random_fallback"),
-    )
-    for judge, key, name in modes:
-        benchmark = MMBench("en", judge)
-        items = iter(score_items(benchmark, rows, Profile.paper))
-        by_case = [[next(items) for _ in case["record"]["rows"]] for case in cases]
-        for case, scored in zip(cases, by_case, strict=True):
-            if case[key] is not None:  # left open where the draw depends on the whole file
-                right = all(item.score for item in scored)
-                comparison.same(f"{case['id']} (judge={judge})", case[key], float(right))
-        ours = benchmark.aggregate([item for scored in by_case for item in scored], Profile.paper)
-        comparison.same(name, aggregate[name], ours["gpt_eval_score"])
-
-
-def _compare_prompt(case: Case, comparison: _Comparison) -> None:
-    benchmark = _BENCHMARKS[case["benchmark"]]()
-    paper = benchmark.question(case["record"], Profile.paper)
-    newer = benchmark.question(case["record"], Profile.lmms_eval_0_7_3)
-    comparison.same(f"{case['id']} text", case["user_message_paper"], paper.text)
-    comparison.same(f"{case['id']} images", tuple(case["images"]), paper.images)
-    tokens = "<image> " * len(newer.images)
-    comparison.same(
-        f"{case['id']} text (0.7.3)", f"{tokens[:-1]}\n{case['text_lmms_eval_0_7_3']}", newer.text
-    )
-    comparison.same(f"{case['id']} images (0.7.3)", tuple(case["images_lmms_eval_0_7_3"]), newer.images)
+def _equal(expected: Any, found: Any) -> bool:
+    if isinstance(found, Values):
+        return found.holds(expected)
+    if isinstance(found, float) and expected in ("nan", "inf", "-inf"):
+        expected = float(expected)
+    if isinstance(expected, int | float) and isinstance(found, int | float):
+        both_nan = math.isnan(expected) and math.isnan(found)
+        return both_nan or expected == found or abs(expected - found) <= TOLERANCE
+    return bool(expected == found)

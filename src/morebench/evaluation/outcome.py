@@ -14,6 +14,8 @@ from morebench.evaluation.sheets import Sheet
 from morebench.training.fence import Fence
 from morebench.training.files import write_atomically
 
+JUDGE = "judge"  # folder of a judge's replies, which are asked for once
+
 
 def score(
     sheets: Sequence[Sheet],
@@ -23,7 +25,7 @@ def score(
     fence: Fence,
     speeds: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Write scores/; `tasks` and `controls` of results.json.
+    """Write scores/; `tasks` and `controls` of results.json. Raises JudgeError; the next call asks it the rest.
 
     `lines`: of every sheet, in record order. `speeds`: of its file, by that file's name.
     """
@@ -46,7 +48,7 @@ def write_results(folder: Path, content: Mapping[str, Any]) -> None:
 def _score(sheet: Sheet, lines: Sequence[Line], profile: Profile, folder: Path) -> dict[str, Any]:
     task = sheet.task
     answered = [(line["prediction"], item.record) for line, item in zip(lines, task.items, strict=True)]
-    scored = score_items(task.benchmark, answered, profile)
+    scored = score_items(task.benchmark, answered, profile, folder / JUDGE / sheet.file)
     (folder / "scores").mkdir(exist_ok=True)
     write_lines(
         folder / "scores" / sheet.file,
@@ -57,5 +59,7 @@ def _score(sheet: Sheet, lines: Sequence[Line], profile: Profile, folder: Path) 
         "metrics": task.benchmark.aggregate(scored, profile),
         "max_new_tokens": task.max_new_tokens,
         "images": sheet.num_images,
+        "source": asdict(task.source),
+        "warnings": task.benchmark.warnings(scored),
         "anomalies": anomalies(lines, scored),
     }

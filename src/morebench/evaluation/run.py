@@ -9,19 +9,20 @@ from typing import Any
 from morebench.config.compose import ROOT
 from morebench.config.schema import Config, Precision
 from morebench.errors import Interrupted
-from morebench.evaluation.asking import Answered, Asked, ask
-from morebench.evaluation.devices import answers, devices_for
-from morebench.evaluation.generate import plan_chunks
+from morebench.evaluation.asking import Answered, Asked, Job, ask
+from morebench.evaluation.chunks import groups_of, plan_chunks
+from morebench.evaluation.devices import devices_for, opened
 from morebench.evaluation.outcome import score, write_results
 from morebench.evaluation.predictions import Line, PredictionsFile
 from morebench.evaluation.sheets import open_sheets
 from morebench.evaluation.spent import Spent
 from morebench.progress import Progress
 from morebench.training.fence import Fence, unfenced
-from morebench.training.files import update_manifest
+from morebench.training.files import read_manifest, update_manifest
 from morebench.training.provenance import provenance
 from morebench.training.signals import StopRequest
 
+_POSITIONS = "cache_positions"
 _FLIP_SEED = 0
 _NUM_EXAMPLES = 5
 
@@ -41,9 +42,12 @@ def evaluate(config: Config, folder: Path, parent: Path, fence: Fence = unfenced
         PredictionsFile(folder / "predictions" / sheet.file, hashes)
         for sheet, hashes in zip(asked.sheets, asked.by_sheet(), strict=True)
     ]
-    num_gpus = sum(device != "cpu" for device in devices)
-    questions = {sheet.file: len(sheet.task.items) for sheet in asked.sheets}
-    spent = Spent(folder, num_gpus, questions)
+    # `status` reads the first. Positions are measured once, for the chunks depend on them.
+    facts = {"questions": {sheet.file: len(sheet.task.items) for sheet in asked.sheets}}
+    facts |= {
+        key: value for key, value in read_manifest(folder).items() if key in (_POSITIONS, "halved_chunks")
+    }
+    spent = Spent(folder, sum(device != "cpu" for device in devices), facts)
     flips = _generate(config, parent, devices, asked, files, spent, fence)
     fence()
     lines = [file.finish() for file in files]
@@ -65,27 +69,34 @@ def _generate(
     fence: Fence,
 ) -> dict[str, Any] | None:
     """Answer what `files` lack; returns how many answers of the flip sample a batch had changed."""
-    # The chunks of an uninterrupted run, whatever is done already: so a resume computes the same bits.
-    chunks = plan_chunks(asked.requests, config.trainer.evaluate_batch_size)
-    todo = [chunk for chunk in chunks if any(_is_missing(asked, files, i) for i in chunk)]
     again = _flip_sample(config, asked)
     alone: dict[int, str] = {}
-    jobs = [*todo, *([i] for i in again)]
     total = len(asked.requests)
-    done = total - sum(file.num_missing for file in files)
-    with StopRequest() as stop, Progress("answers", total, done) as progress:
-        for number, answered in answers(config, parent, devices, asked, jobs, stop):
-            fence()
-            if number >= len(todo):
-                alone[again[number - len(todo)]] = answered.answers[0]["text"]
-                continue
-            _save(asked, files, todo[number], answered, spent)
-            done = total - sum(file.num_missing for file in files)
-            progress.update(done)
-        if stop.signal_name is not None and (done < total or len(alone) < len(again)):
+
+    def num_done() -> int:
+        return total - sum(file.num_missing for file in files)
+
+    if num_done() == total and not again:
+        return None
+    with StopRequest() as stop, opened(config, parent, devices, asked) as here:
+        positions = spent.facts.setdefault(_POSITIONS, here.cache_positions)
+        # The chunks of an uninterrupted run, whatever is done already: so a resume computes the same bits.
+        chunks = plan_chunks(asked.requests, config.trainer.evaluate_batch_size, positions)
+        todo = [chunk for chunk in chunks if any(_is_missing(asked, files, i) for i in chunk)]
+        jobs = [*(Job(chunk) for chunk in todo), *(Job([i], share=False) for i in again)]
+        with Progress("answers", total, num_done()) as progress:
+            for number, answered in here.answers(jobs, stop):
+                fence()
+                spent.facts["halved_chunks"] = spent.facts.get("halved_chunks", 0) + answered.halved
+                if number < len(todo):
+                    _save(asked, files, todo[number], answered, spent)
+                    progress.update(num_done())
+                else:
+                    alone[again[number - len(todo)]] = answered.answers[0]["text"]
+        if stop.signal_name is not None and (num_done() < total or len(alone) < len(again)):
             spent.save(now=True)
             raise Interrupted(
-                f"{stop.signal_name}: stopped with {done:,} of {total:,} answers saved; the next start "
+                f"{stop.signal_name}: stopped with {num_done():,} of {total:,} answers saved; the next start "
                 "goes on from there."
             )
     return _flips(asked, files, alone) if again else None
@@ -133,5 +144,7 @@ def _flips(asked: Asked, files: Sequence[PredictionsFile], alone: dict[int, str]
 
 
 def _shared(asked: Asked) -> dict[str, int]:
+    """How much of the work is done once for several questions: `prefixes` are what they begin with."""
     images = {image.key for request in asked.requests for image in request.images}
-    return {"questions": len(asked.requests), "images": len(images)}
+    prefixes = sum(group.prefix_length > 0 for group in groups_of(asked.requests))
+    return {"questions": len(asked.requests), "images": len(images), "prefixes": prefixes}

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from morebench.training.files import read_manifest, update_manifest
 
@@ -10,10 +11,11 @@ _SAVED_EVERY_S = 30.0  # what a kill may lose
 
 
 class Spent:
-    """`questions`: how many each file of predictions/ will have; `status` reads them."""
+    """`facts`: what else is known from the start on."""
 
-    def __init__(self, folder: Path, num_gpus: int, questions: Mapping[str, int]) -> None:
-        self._folder, self._num_gpus, self._questions = folder, num_gpus, questions
+    def __init__(self, folder: Path, num_gpus: int, facts: Mapping[str, Any]) -> None:
+        self._folder, self._num_gpus = folder, num_gpus
+        self.facts = dict(facts)
         manifest = read_manifest(folder)
         self._before = float(manifest.get("seconds") or 0.0)
         self._gpu_hours_before = float(manifest.get("gpu_hours") or 0.0)
@@ -40,7 +42,7 @@ class Spent:
         update_manifest(
             self._folder,
             {
-                "questions": dict(self._questions),
+                **self.facts,
                 "seconds": self.seconds,
                 "gpu_hours": self._gpu_hours_before + hours,
                 "answering": self._answering,

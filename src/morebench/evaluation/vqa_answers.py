@@ -1,6 +1,7 @@
 """The answer normaliser of the public VQA evaluation, as lmms-eval runs it (with its slips kept)."""
 
 import re
+from functools import lru_cache
 
 from morebench.evaluation.contractions import CONTRACTIONS
 
@@ -12,6 +13,7 @@ _NUMBERS |= {"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "
 _ARTICLES = ("a", "an", "the")
 
 
+@lru_cache(maxsize=1 << 16)  # ten annotators mostly agree
 def normalise(answer: str) -> str:
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()

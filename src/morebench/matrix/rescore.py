@@ -15,7 +15,7 @@ from typing import Any
 from morebench.config.compose import ROOT, Composed, load_chat_format, load_config
 from morebench.config.schema import Config, Step
 from morebench.errors import ConfigError, DataError, RunError, join_problems
-from morebench.evaluation.outcome import score, write_results
+from morebench.evaluation.outcome import JUDGE, score, write_results
 from morebench.evaluation.predictions import Line
 from morebench.evaluation.records import task_hash
 from morebench.evaluation.rescoring import usable_predictions
@@ -31,7 +31,7 @@ from morebench.training.fence import Fence
 from morebench.training.files import read_manifest, update_manifest
 from morebench.training.git import git_state
 
-_COPIED = ("predictions", "judge")  # folders of a run that a rescored one begins with
+_COPIED = ("predictions", JUDGE)  # folders of a run that a rescored one begins with
 _CARRIED = ("seconds", "gpu_hours", "questions", "answering", "hardware", "versions", "lock_sha256", "git")
 
 
@@ -151,7 +151,8 @@ def _is_same(config: Config, made: Predicted, planned: PlannedRun) -> bool:
     return (
         results is not None
         and _content(config) == _content(made.config)
-        and _hashes(config) == {name: result["source"] for name, result in results["tasks"].items()}
+        and _hashes(config)
+        == {name: result.get("source", {}).get("content_hash") for name, result in results["tasks"].items()}
     )
 
 

@@ -15,7 +15,6 @@ from morebench.reporting.results import read_json
 from morebench.reporting.tables import MISSING
 
 _EXAMPLES = 2  # of each kind that are printed; results.json has more
-_UNRESOLVED = 0.01  # share of answers; above it a column depends on the judge that was not asked
 
 Results = Mapping[str, Any]
 
@@ -26,7 +25,7 @@ def print_scores(folder: Path, console: Console) -> None:
     config = compose.load_config(folder / "config.yaml")
     _print(console, Text(f"\n{folder.name}", style="bold"))
     console.print(_scores(config, results))
-    for sentence in _warnings(config, results):
+    for sentence in _warnings(results):
         _print(console, Text(f"warning: {sentence}", style="yellow"))
     found = {
         task: result["anomalies"] for task, result in results["tasks"].items() if result.get("anomalies")
@@ -69,16 +68,9 @@ def _number(value: float | None, digits: int, sign: str = "") -> str:
     return MISSING if value is None else f"{value:{sign}.{digits}f}"
 
 
-def _warnings(config: Config, results: Results) -> Iterator[str]:
+def _warnings(results: Results) -> Iterator[str]:
     for task, result in results["tasks"].items():
-        unresolved = result.get("anomalies", {}).get("needs_judge", {}).get("n", 0)
-        judge = config.suite.tasks[task].code.get("judge", "none")
-        if judge == "none" and unresolved > _UNRESOLVED * result["n"]:
-            yield (
-                f"{task}: {unresolved:,} of {result['n']:,} answers ({unresolved / result['n']:.1%}) name no "
-                "option and count as wrong. Another judge decides them without generating again: "
-                f"rescore=true suite.tasks.{task}.code.judge=..."
-            )
+        yield from (f"{task}: {sentence}" for sentence in result.get("warnings", ()))
     flips = results.get("flips")
     if flips and flips["flips"]:
         yield (

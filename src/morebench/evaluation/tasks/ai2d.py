@@ -8,6 +8,7 @@ from morebench.evaluation.scoring import exact_match
 from morebench.evaluation.tasks.benchmark import (
     LETTER_ANSWER,
     LETTERS,
+    UNPARSED,
     Benchmark,
     Question,
     Record,
@@ -32,8 +33,12 @@ class AI2D(Benchmark):
             raise DataError(f"answer must be an index of `options`, 0 to {count - 1}, found {answer!r}")
         return LETTERS[int(answer)]
 
+    def filtered(self, prediction: str, profile: Profile) -> str:
+        if profile is Profile.lmms_eval_0_7_3 and (leading := _LEADING_LETTER.match(prediction)):
+            return leading[1]
+        return prediction
+
     def score(self, prediction: str, record: Record, profile: Profile) -> Scored:
         answer = prediction.strip()
-        if profile is Profile.lmms_eval_0_7_3 and (leading := _LEADING_LETTER.match(prediction)):
-            answer = leading[1]
-        return Scored(exact_match(answer, self.target(record)), parsed=answer)
+        readable = any(exact_match(answer, letter) for letter in LETTERS[: len(record["options"])])
+        return Scored(exact_match(answer, self.target(record)), answer, flags=() if readable else (UNPARSED,))

@@ -7,6 +7,7 @@ from morebench.config.schema import Profile
 from morebench.errors import DataError, join_problems
 from morebench.evaluation.tasks.benchmark import (
     SHORT_ANSWER,
+    UNPARSED,
     Benchmark,
     Question,
     Record,
@@ -30,14 +31,17 @@ class MME(Benchmark):
     def target(self, record: Record) -> str:
         if record["category"] not in COGNITION + PERCEPTION:
             raise DataError(f"category must be one of MME's 14, found {record['category']!r}")
-        return str(record["answer"]).lower().strip().replace(".", "")
+        answer = str(record["answer"]).lower().strip().replace(".", "")
+        if answer not in ("yes", "no"):
+            raise DataError(f"answer must be Yes or No, found {record['answer']!r}")
+        return answer
 
     def score(self, prediction: str, record: Record, profile: Profile) -> Scored:
         label = _label(prediction.lower().strip().replace(".", ""), profile)
         return Scored(
             float(label == self.target(record)),
             parsed=label,
-            flags=("unparsed",) if label == "other" else (),
+            flags=(UNPARSED,) if label == "other" else (),
             record={"question_id": record["question_id"], "category": record["category"]},
         )
 
@@ -52,11 +56,11 @@ class MME(Benchmark):
         by_category: dict[str, list[float]] = defaultdict(list)
         for (category, _), scores in images.items():
             by_category[category].append(100 * mean(scores) + 100 * float(all(scores)))
-        values = {category: mean(points) for category, points in by_category.items()}
+        values = {category: mean(points) for category, points in sorted(by_category.items())}
         return {
             "mme_perception_score": sum(values.get(category, 0.0) for category in PERCEPTION),
             "mme_cognition_score": sum(values.get(category, 0.0) for category in COGNITION),
-            **values,
+            **{f"by_category/{category}": value for category, value in values.items()},
         }
 
 

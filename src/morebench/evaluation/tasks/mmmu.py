@@ -1,12 +1,11 @@
 """MMMU: college exam questions with images anywhere in the text; multiple choice and open."""
 
 import ast
-import itertools
 import random
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from morebench.config.schema import Profile
 from morebench.errors import DataError
@@ -14,19 +13,22 @@ from morebench.evaluation.mmmu_answers import matches_open, parse_choice, parse_
 from morebench.evaluation.tasks.benchmark import (
     IMAGE_TOKEN,
     LETTERS,
+    RANDOM_FALLBACK,
     SHORT_ANSWER,
+    UNPARSED,
     Benchmark,
     Question,
     Record,
     Scored,
+    by_part,
     lettered,
     mean,
     with_image_tokens,
 )
 
-_MARK = re.compile(r"<image ([1-7])>")
+_MARK = re.compile(r"<image ([0-9]+)>")
+_ID = re.compile(r"[^_]*_(.+)_[0-9]+")
 _DECIMALS = {Profile.paper: 3, Profile.lmms_eval_0_7_3: 5}
-_GUESS = "random_fallback"
 
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",
@@ -59,6 +61,7 @@ class MMMU(Benchmark):
         return with_image_tokens(text, sorted(set(marks)), profile)
 
     def target(self, record: Record) -> str:
+        _subject(record)
         answer = str(record["answer"])
         if _is_choice(record) and answer not in LETTERS[: len(_options(record))]:
             count = len(_options(record))
@@ -66,8 +69,8 @@ class MMMU(Benchmark):
         return answer
 
     def score(self, prediction: str, record: Record, profile: Profile) -> Scored:
-        answer, target = prediction.strip(), self.target(record)
-        subject = "_".join(record["id"].split("_")[1:-1])
+        answer, target = prediction.strip(), str(record["answer"])
+        subject = _subject(record)
         if not _is_choice(record):
             candidates = parse_open(answer)
             parsed = " | ".join(map(str, candidates))
@@ -77,16 +80,22 @@ class MMMU(Benchmark):
         return Scored(
             float(letter == target),
             parsed=letter,
-            flags=() if letter else (_GUESS,),
+            flags=() if letter else (UNPARSED, RANDOM_FALLBACK),
             record={"subject": subject, "target": target, "num_options": len(options)},
         )
 
-    def settle(self, items: Sequence[Scored], profile: Profile) -> list[Scored]:
+    def settle(
+        self,
+        items: Sequence[Scored],
+        answered: Sequence[tuple[str, Record]],
+        profile: Profile,
+        replies: Path | None = None,
+    ) -> list[Scored]:
         """An unreadable multiple-choice answer becomes a seeded guess, as in the reference."""
         generator = random.Random(0)
         settled = []
         for item in items:
-            if _GUESS in item.flags:
+            if RANDOM_FALLBACK in item.flags:
                 letter = generator.choice(LETTERS[: item.record["num_options"]])
                 item = replace(item, score=float(letter == item.record["target"]), parsed=letter)
             settled.append(item)
@@ -94,19 +103,33 @@ class MMMU(Benchmark):
 
     def aggregate(self, items: Sequence[Scored], profile: Profile) -> dict[str, float]:
         decimals = _DECIMALS[profile]
-        subjects: dict[str, list[float]] = defaultdict(list)
-        for item in items:
-            subjects[item.record["subject"]].append(item.score)
-        values = {subject: round(mean(scores), decimals) for subject, scores in subjects.items()}
-        for domain, names in DOMAINS.items():
-            if members := [subjects[name] for name in names.split() if name in subjects]:
-                values[f"Overall-{domain}"] = round(mean(itertools.chain(*members)), decimals)
-        guesses = sum(_GUESS in item.flags for item in items)
-        return {
-            "mmmu_acc": round(mean(i.score for i in items), decimals),
-            "random_guesses": float(guesses),
-            **values,
+        subjects = by_part("by_subject", items, "subject")
+        domains = {
+            f"by_domain/{domain}": [
+                item for name in names.split() for item in subjects.get(f"by_subject/{name}", [])
+            ]
+            for domain, names in DOMAINS.items()
         }
+        return {
+            "mmmu_acc": round(_weighted(items), decimals),
+            "random_guesses": float(sum(RANDOM_FALLBACK in item.flags for item in items)),
+            **{name: round(_weighted(part), decimals) for name, part in domains.items() if part},
+            **{name: round(mean(i.score for i in part), decimals) for name, part in subjects.items()},
+        }
+
+
+def _weighted(items: Sequence[Scored]) -> float:
+    """The mean, summed subject by subject like the reference: what is rounded next may end in a half."""
+    parts: dict[str, list[float]] = {}
+    for item in items:
+        parts.setdefault(item.record["subject"], []).append(item.score)
+    return sum(mean(part) * len(part) for part in parts.values()) / max(1, len(items))
+
+
+def _subject(record: Record) -> str:
+    if not (match := _ID.fullmatch(str(record["id"]))):
+        raise DataError(f"id must be SPLIT_SUBJECT_NUMBER, found {record['id']!r}")
+    return match[1]
 
 
 def _is_choice(record: Record) -> bool:

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 
 from morebench.config.schema import Profile
+from morebench.errors import DataError
 from morebench.evaluation.tasks.benchmark import (
     SHORT_ANSWER,
+    UNPARSED,
     Benchmark,
     Question,
     Record,
     Scored,
+    by_part,
     mean,
     with_image_tokens,
 )
@@ -21,32 +24,32 @@ class POPE(Benchmark):
         return with_image_tokens(f"{record['question'].strip()}\n{SHORT_ANSWER}", ("image",), profile)
 
     def target(self, record: Record) -> str:
-        return str(record["answer"]).lower().strip()
+        answer = str(record["answer"]).lower().strip()
+        if answer not in ("yes", "no"):
+            raise DataError(f"answer must be yes or no, found {record['answer']!r}")
+        return answer
 
     def score(self, prediction: str, record: Record, profile: Profile) -> Scored:
         answer, target = prediction.lower().strip(), self.target(record)
         return Scored(
             float(answer == target),
             parsed=answer,
-            flags=() if answer in ("yes", "no") else ("unparsed",),
+            flags=() if answer in ("yes", "no") else (UNPARSED,),
             record={"answer": target, "category": record.get("category", "")},
         )
 
     def aggregate(self, items: Sequence[Scored], profile: Profile) -> dict[str, float]:
-        categories = sorted({item.record["category"] for item in items})
-        by_category = [[item for item in items if item.record["category"] == name] for name in categories]
-        precision, recall, f1 = _precision_recall_f1(items)
+        """`yes_ratio` is that of the right answers. The mean of the categories' F1 is what LLaVA reports."""
+        parts = {name: _values(part) for name, part in by_part("by_category", items, "category").items()}
+        pooled = _values(items)
         return {
-            "accuracy": mean(item.score for item in items),
-            "precision": precision,
-            "recall": recall,
-            "f1": f1,
-            "yes_ratio": mean(float(item.record["answer"] == "yes") for item in items),
-            "pope_f1_mean_of_categories": mean(_precision_recall_f1(group)[2] for group in by_category),
+            **pooled,
+            "pope_f1_mean_of_categories": mean(v["f1"] for v in parts.values()) if parts else pooled["f1"],
+            **{f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()},
         }
 
 
-def _precision_recall_f1(items: Sequence[Scored]) -> tuple[float, float, float]:
+def _values(items: Sequence[Scored]) -> dict[str, float]:
     """An answer that is neither yes nor no is in no count, so it costs accuracy but never recall."""
     outcomes = [(item.record["answer"], item.parsed) for item in items]
     counted = (("yes", "yes"), ("no", "yes"), ("yes", "no"))  # (answer, prediction)
@@ -54,4 +57,10 @@ def _precision_recall_f1(items: Sequence[Scored]) -> tuple[float, float, float]:
     precision = hits / (hits + false_alarms) if hits + false_alarms else 0.0
     recall = hits / (hits + misses) if hits + misses else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return precision, recall, f1
+    return {
+        "accuracy": mean(item.score for item in items),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "yes_ratio": mean(float(item.record["answer"] == "yes") for item in items),
+    }

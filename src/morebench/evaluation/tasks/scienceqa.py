@@ -8,6 +8,7 @@ from morebench.errors import DataError
 from morebench.evaluation.tasks.benchmark import (
     LETTER_ANSWER,
     LETTERS,
+    UNPARSED,
     Benchmark,
     Question,
     Record,
@@ -36,5 +37,6 @@ class ScienceQA(Benchmark):
         answer, target = prediction.strip(), self.target(record)
         # "B. soft" counts as B; the capital is demanded even where case is ignored.
         parsed = answer[0] if len(answer) >= 2 and answer[0].isupper() and answer[1] == "." else answer
-        same = parsed == target if profile is Profile.paper else parsed.lower() == target.lower()
-        return Scored(float(same), parsed, flags=() if len(parsed) == 1 else ("unparsed",))
+        fold = str if profile is Profile.paper else str.lower
+        readable = fold(parsed) in map(fold, LETTERS[: len(record["choices"])])
+        return Scored(float(fold(parsed) == fold(target)), parsed, flags=() if readable else (UNPARSED,))

@@ -6,10 +6,12 @@ from morebench.config.schema import Profile
 from morebench.errors import ConfigError, DataError
 from morebench.evaluation.tasks.benchmark import (
     LETTER_ANSWER,
+    UNPARSED,
     Benchmark,
     Question,
     Record,
     Scored,
+    by_part,
     lettered,
     mean,
     with_image_tokens,
@@ -50,18 +52,20 @@ class SEEDBench(Benchmark):
         return frames[middle : middle + 1]
 
     def target(self, record: Record) -> str:
+        if record["data_type"] not in ("image", "video"):
+            raise DataError(f"data_type must be image or video, found {record['data_type']!r}")
         if record["answer"] not in tuple("ABCD"):
             raise DataError(f"answer must be one of A, B, C, D, found {record['answer']!r}")
         return str(record["answer"])
 
     def score(self, prediction: str, record: Record, profile: Profile) -> Scored:
-        letter, target = prediction.strip()[:1], self.target(record)
-        same = letter == target if profile is Profile.paper else letter.lower() == target.lower()
+        parsed = prediction.strip()[:1]
+        letter = parsed if profile is Profile.paper else parsed.upper()
         return Scored(
-            float(same),
-            parsed=letter,
-            flags=() if letter.upper() in tuple("ABCD") else ("unparsed",),
-            record={"data_type": record["data_type"]},
+            float(letter == record["answer"]),
+            parsed,
+            flags=() if letter in tuple("ABCD") else (UNPARSED,),
+            record={"data_type": record["data_type"], "question_type_id": record.get("question_type_id")},
         )
 
     def aggregate(self, items: Sequence[Scored], profile: Profile) -> dict[str, float]:
@@ -70,4 +74,9 @@ class SEEDBench(Benchmark):
             kind: [i.score for i in items if i.record["data_type"] == kind] for kind in ("image", "video")
         }
         pooled = {f"seed_{kind}": mean(scores) for kind, scores in kinds.items() if scores}
-        return {"seed_all": mean(item.score for item in items), **pooled}
+        types = by_part("by_question_type", items, "question_type_id")
+        return {
+            "seed_all": mean(item.score for item in items),
+            **pooled,
+            **{name: mean(item.score for item in part) for name, part in types.items()},
+        }

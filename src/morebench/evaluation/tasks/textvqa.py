@@ -26,10 +26,10 @@ class TextVQA(Benchmark):
         return with_image_tokens(f"{text}\n{SHORT_ANSWER}", ("image",), profile)
 
     def target(self, record: Record) -> list[str]:
-        return list(record["answers"])
+        return list(record["answers"] or [])
 
     def score(self, prediction: str, record: Record, profile: Profile) -> Scored:
         answer = normalise(prediction.strip())
-        same = [normalise(given) == answer for given in record["answers"]]
+        same = [normalise(given) == answer for given in self.target(record)]
         soft = mean(min(1.0, (sum(same) - own) / _FULL_AGREEMENT) for own in same)
         return Scored(soft, parsed=answer)
