@@ -1,5 +1,6 @@
 """Where the rows of a hub data set are: in a local mirror, in the Hugging Face cache, or on the hub."""
 
+import errno
 import hashlib
 import re
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from morebench.config.schema import Paths, TaskData
 from morebench.data.hashes import file_hashes
-from morebench.errors import ConfigError, DataError, join_problems
+from morebench.errors import ConfigError, DataError, MorebenchError, join_problems
 from morebench.evaluation.layout import DEFAULT, README, Layout, layout_of
 from morebench.evaluation.saved import saved_files
 from morebench.models.weights import is_lfs_pointer
@@ -72,7 +73,8 @@ def absence(data: TaskData, paths: Paths) -> str:
     ]
     command = ["hf", "download", str(data.hub_id), "--repo-type", "dataset"]
     command += ["--revision", data.revision] if data.revision else []
-    command += ["--include", README, *patterns, "--local-dir", str(mirror)]
+    command += [word for pattern in (README, *patterns) for word in ("--include", pattern)]
+    command += ["--local-dir", str(mirror)]
     others = " or ".join(str(folder) for folder in mirror_folders(data, paths))
     return (
         f"{data.hub_id} ({data.config or DEFAULT}, {data.split}) is neither in {others} nor in the "
@@ -81,15 +83,25 @@ def absence(data: TaskData, paths: Paths) -> str:
 
 
 def download(data: TaskData) -> None:
-    """Into the Hugging Face cache; goes on where it was cut off. Raises DataError if no copy can be had."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    """Into the Hugging Face cache; goes on where it was cut off.
+
+    Raises DataError if neither copy can be had, MorebenchError if the hub cannot be reached, OSError for a
+    full disk.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     reasons = []
     for hub_id in hub_ids(data):
         try:
             return _download(data, hub_id)
-        except (HfHubHTTPError, HFValidationError, OSError, DataError) as error:
+        except (RepositoryNotFoundError, RevisionNotFoundError, DataError) as error:
             reasons.append(f"{hub_id}: {_reason(error, hub_id)}")
+        except Exception as error:  # the HTTP library, and so its errors, is not the same in every version
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            raise MorebenchError(
+                f"{hub_id} could not be fetched: {type(error).__name__}: {error}. The same command goes on."
+            ) from error
     raise DataError("cannot be downloaded:\n" + join_problems(reasons))
 
 
@@ -111,10 +123,10 @@ def _reason(error: Exception, hub_id: str) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
-        return f"gated: accept its terms at https://huggingface.co/datasets/{hub_id}, then `hf auth login`"
+        return f"gated: accept its terms at https://huggingface.co/datasets/{hub_id}, then run: hf auth login"
     if isinstance(error, RepositoryNotFoundError):
-        return "there is no such data set, or it is private: `hf auth login` if you may read it"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return "there is no such data set, or it is private; if you may read it, run: hf auth login"
+    return str(error).strip().split("\n")[0]
 
 
 def _mirrored(data: TaskData, hub_id: str, folder: Path) -> Place:
