@@ -1,8 +1,9 @@
-"""Evaluate one finished finetune run, or replay files of measured scorer cases.
+"""Evaluate one finished finetune run, or replay what others measured through our scorers.
 
     python -m morebench.evaluate run=ID [suite=NAME] [stage.evaluate.profile=lmms_eval_0_7_3] ...
     python -m morebench.evaluate run=ID rescore=true [suite.tasks.TASK.code.judge=static] ...
     python -m morebench.evaluate golden=DIR
+    python -m morebench.evaluate outputs=FILE task=NAME [profile=lmms_eval_0_7_3] [paths.data=DIR] ...
 
 run=ID: the run's own config says what the model is and, unless overridden, which suite it answers; what may
 be overridden is suite, stage.evaluate, trainer, tracking, paths, unchecked_data, max_quarantined, download.
@@ -14,6 +15,10 @@ model. The same config: in place; another one is another run. What would have to
 
 golden=DIR: our scorers, both profiles; prints one line per file and exits with 1 on any mismatch, with 2 if a
 file is none of measured cases.
+
+outputs=FILE: published outputs of every item of a task (lmms-eval's logged samples, LLaVA's answers file, or
+lines of `id` and `prediction`); compares scores, and metrics of a results file beside it; exits with 1 on any
+mismatch. docs/evaluation.md has the layouts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +38,7 @@ from morebench.config.overrides import check
 from morebench.config.schema import AXES, Config, Step
 from morebench.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, ConfigError, DataError, join_problems
 
-_OWN = ("golden", "run", "rescore")  # keys of this command alone
+_OWN = ("golden", "outputs", "run", "rescore")  # keys of this command alone
 _SHOWN = 5  # differences printed per file
 _MACHINE = (
     "paths",
@@ -51,7 +56,7 @@ def command(arguments: Sequence[str]) -> int:
     own = {override.key: override.values for override in parsed if override.key in _OWN}
     if len(own.keys() - {"rescore"}) != 1 or any(len(values) != 1 for values in own.values()):
         found = " ".join(arguments) or "nothing"
-        raise ConfigError(f"expected one of run=ID or golden=DIR, found {found}. See --help.")
+        raise ConfigError(f"expected one of run=ID, golden=DIR or outputs=FILE, found {found}. See --help.")
     rest = [override for override in parsed if override.key not in own]
     again = own.get("rescore", ("false",))[0]
     if again not in ("true", "false") or ("rescore" in own and "run" not in own):
@@ -59,6 +64,8 @@ def command(arguments: Sequence[str]) -> int:
     if "run" in own:
         evaluate = _rescore if again == "true" else _evaluate
         return evaluate(own["run"][0], rest)
+    if "outputs" in own:
+        return _replay_outputs(Path(own["outputs"][0]), rest)
     if rest:
         raise ConfigError(join_problems(f"{override.text}: golden=DIR stands alone." for override in rest))
     return _replay(Path(own["golden"][0]))
@@ -152,6 +159,19 @@ def _show(folder: Path) -> None:
     from morebench.reporting.scores import print_scores
 
     print_scores(folder, Console())
+
+
+def _replay_outputs(path: Path, overrides: Sequence[Override]) -> int:
+    from morebench.show_replay import show_replay
+
+    tasks = [override.values[0] for override in overrides if override.key == "task"]
+    if len(tasks) != 1:
+        raise ConfigError("outputs=FILE: say once whose they are: task=NAME, e.g. task=gqa.")
+    rest = [override for override in overrides if override.key != "task"]
+    short = [
+        f"stage.evaluate.{override.text}" if override.key == "profile" else override.text for override in rest
+    ]
+    return show_replay(path, tasks[0], short)
 
 
 def _replay(folder: Path) -> int:

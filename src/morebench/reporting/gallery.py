@@ -1,7 +1,7 @@
 """A few questions of each task with their pictures and what the cell answered, right and wrong."""
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -74,13 +74,15 @@ def _task_examples(result: CellResult, config: Config, task: str) -> TaskExample
 
 def spread(lines: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """`count` lines from all over the list, of different images where there are enough."""
-    first_of_image = list({str(line.get("image", line["id"])): line for line in reversed(lines)}.values())[
-        ::-1
-    ]
+    first_of_image = list({_image_of(line): line for line in reversed(lines)}.values())[::-1]
     pool = first_of_image if len(first_of_image) >= count else list(lines)
     if len(pool) <= count:
         return pool
     return [pool[(2 * i + 1) * len(pool) // (2 * count)] for i in range(count)]
+
+
+def _image_of(line: Mapping[str, Any]) -> str:
+    return str(line.get("images_sha256") or line.get("image") or line["id"])
 
 
 def thumbnail(path: Path) -> str | None:

@@ -182,7 +182,8 @@ def _scores(
             continue
         pairs = scored_items(folder, task, control)
         items = [item for _, item in pairs]
-        units = [_unit(line, item) for line, item in pairs]
+        own = pairs if control is None else scored_items(folder, task)  # a control shows other images
+        units = [_unit(line, item) for (line, _), item in zip(own, items, strict=True)]
         benchmark: Benchmark = compose.build(config.suite.tasks[task].code)
         aggregate = partial(benchmark.aggregate, profile=config.stage.evaluate.profile)
         metrics = {column.metric for column in shown}
@@ -203,7 +204,7 @@ def _unit(line: Mapping[str, Any], item: Scored) -> str:
     """What a resample draws as one: an image with its questions, an MMBench question with its rotations."""
     if isinstance(index := item.record.get("index"), int):
         return str(index % MMBENCH_ROTATION)
-    return json.dumps(line.get("image") or line["id"])
+    return json.dumps(line.get("images_sha256") or line.get("image") or line["id"])
 
 
 def _check_metrics(
