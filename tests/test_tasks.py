@@ -41,6 +41,7 @@ def test_text_with_image_tokens_stays_as_it_is() -> None:
         ("profile", NEWER, ("image[0]", "image[1]", "image[2]")),
         ("middle", PAPER, ("image[1]",)),
         ("first", NEWER, ("image[0]",)),
+        ("all", PAPER, ("image[0]", "image[1]", "image[2]")),
     ],
 )
 def test_seed_videos_show_the_chosen_frames(frames: str, profile: Profile, images: tuple[str, ...]) -> None:
