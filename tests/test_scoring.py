@@ -219,6 +219,13 @@ def test_mmmu_guesses_depend_on_the_seed_of_the_task_alone() -> None:
     assert MMMU().aggregate(first, Profile.paper)["random_guesses"] == 5
 
 
+def test_an_mmmu_list_of_answers_counts_as_one_text_unless_it_is_a_list() -> None:
+    record = {"id": "validation_Math_15", "question_type": "open"}
+    answers = (["24/7", "3.429"], "['24/7', '3.429']")
+    answered = [("3.43", record | {"answer": answer}) for answer in answers]
+    assert [item.score for item in score_items(MMMU(), answered, Profile.paper)] == [1.0, 0.0]
+
+
 def test_an_empty_tail_wipes_the_tail_before_it() -> None:
     # Reference behaviour on a line that ends in an indicator: "is " gives "answer", "answer " gives nothing.
     assert parse_open("x is answer \n7") == [7.0, "x is answer \n7"]

@@ -65,6 +65,7 @@ def test_seed_videos_show_the_chosen_frames(frames: str, profile: Profile, image
         (MME(), {"category": "chess", "answer": "Yes"}),
         (MMBench("en"), {"answer": "C", "C": "nan"}),
         (MMMU(), MMMU_CHOICE | {"options": "['a']", "answer": "B"}),
+        (MMMU(), MMMU_CHOICE | {"options": "['a', 'b']", "answer": "AB"}),
         (MMMU(), MMMU_CHOICE | {"options": "['a'", "answer": "A"}),
     ],
     ids=lambda value: type(value).__name__,
