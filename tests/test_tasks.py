@@ -29,6 +29,12 @@ def test_images_without_a_token_of_their_own_get_one_or_one_each() -> None:
     assert with_image_tokens("why?", images, NEWER).images == images
 
 
+def test_an_image_token_too_many_is_an_error() -> None:
+    record = {"question": "<image> <image 1>?", "question_type": "open"}
+    with pytest.raises(DataError, match=r"2 times <image> for 1 image"):
+        MMMU().question(record, PAPER)
+
+
 def test_text_with_image_tokens_stays_as_it_is() -> None:
     assert with_image_tokens("<image> why?", ("a",), PAPER).text == "<image> why?"
     assert with_image_tokens("why?", (), PAPER).text == "why?"
