@@ -3,7 +3,8 @@
 
 import copy
 import re
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from morebench.data.batch import collate
 from morebench.data.chat import ChatFormat, Counts, Encoded
 from morebench.data.records import IMAGE_TOKEN, Sample, Turn
 from morebench.errors import ConfigError, DataError
+from morebench.evaluation.model import LoadedModel
 
 V = 3  # visual tokens per image
 LONG = 100_000
@@ -312,3 +314,14 @@ def test_a_prompt_as_written_is_the_training_prompt_where_nothing_moves(stem: st
     moved = chat.encode_prompt(question, tokenizer, V)
     np.testing.assert_array_equal(written.input_ids, moved.input_ids)
     np.testing.assert_array_equal(written.visual_mask, moved.visual_mask)
+
+
+def test_a_loaded_model_asks_as_written():
+    parts = SimpleNamespace(
+        chat=chat_format("v1"),
+        tokenizer=tokenizer_for("v1"),
+        mllm=SimpleNamespace(vision=SimpleNamespace(num_visual_tokens=V)),
+    )
+    asked = LoadedModel.prompt(cast(LoadedModel, parts), "Look at <image> now.")
+    expected = parts.chat.encode_prompt("Look at <image> now.", parts.tokenizer, V, as_written=True)
+    np.testing.assert_array_equal(asked.visual_mask, expected.visual_mask)
