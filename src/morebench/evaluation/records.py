@@ -70,9 +70,7 @@ def task_hash(data: TaskData, paths: Paths) -> str | None:
 
 
 def _mended(record: Record, benchmark: Benchmark) -> Record:
-    nulls = {
-        field: text for field, text in benchmark.instead_of_null.items() if record.get(field, "") is None
-    }
+    nulls = {field: text for field, text in benchmark.instead_of_null if record.get(field, "") is None}
     return {**record, **nulls} if nulls else record
 
 

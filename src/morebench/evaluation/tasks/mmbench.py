@@ -2,9 +2,8 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
 
 from morebench.config.schema import Profile
 from morebench.errors import ConfigError, DataError
@@ -42,7 +41,7 @@ class MMBench(Benchmark):
 
     fields = ("index", "question", "hint", "answer", "A", "B", "C", "D", "category")
     unique = "index"
-    instead_of_null: ClassVar[Mapping[str, str]] = dict.fromkeys(("hint", "A", "B", "C", "D"), _MISSING)
+    instead_of_null = tuple((field, _MISSING) for field in ("hint", "A", "B", "C", "D"))
 
     def __init__(self, language: str, judge: str = "none"):
         if language not in _INSTRUCTIONS:
