@@ -91,7 +91,7 @@ def _ids(source: Source, records: Sequence[Record], benchmark: Benchmark) -> tup
     first: dict[str, int] = {}
     for row, value in enumerate(map(str, found)):
         if (before := first.setdefault(value, row)) != row:
-            problems.append(f"{source.where(row)}: {field} {value!r} is also that of row {before}")
+            problems.append(f"{source.where(row)}: {field} {value!r} occurs before, at number {before}")
     return list(map(str, found)), problems
 
 
