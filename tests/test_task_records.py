@@ -1,6 +1,7 @@
 """Records of the ten benchmarks: from every place they may lie in, and every way they may be broken."""
 
 import io
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -340,7 +341,7 @@ def test_a_null_is_what_the_hub_has_instead(mirrors: Paths, tmp_path: Path) -> N
             "mmmu_val",
             "MMMU",
             at(1, id="validation_Art_0"),
-            ["row 1: id 'validation_Art_0' is also that of row 0"],
+            ["row 1: id 'validation_Art_0' occurs before, at number 0"],
         ),
         (
             "mmbench_en_dev",
@@ -358,6 +359,22 @@ def test_bad_rows_are_named(
     found = refusal(name, one_mirror(tmp_path, folder, change))
     for message in messages:
         assert message in found
+
+
+def test_ids_of_a_json_list_are_of_one_kind_and_each_is_one_record(tmp_path: Path) -> None:
+    paths = paths_in(tmp_path)
+    folder = Path(paths.data) / "toy"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(png(0))
+    record = {"question": "?", "answer": "yes", "image": "a.png"}
+
+    def found(*ids: Any) -> str:
+        (folder / "toy.json").write_text(json.dumps([record | {"id": one} for one in ids]))
+        return refusal("gqa", paths, hub_id=None, folder="toy", records="toy.json", num_rows=None)
+
+    assert "id is a number in some records and text in others" in found(1, "2")
+    assert "record 2: id 'a' occurs before, at number 0" in found("a", "b", "a")
+    assert "record 1: id must be text or a whole number, found 1.5" in found("a", 1.5)
 
 
 def test_pixels_that_cannot_be_decoded_are_named_when_they_are_needed(tmp_path: Path) -> None:
@@ -417,7 +434,7 @@ def _pointer(path: Path) -> Any:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_pointer, "is a git-LFS pointer, not the file. Run: git lfs pull"),
+        (_pointer, "is a git-LFS pointer, not the file. Run there: git lfs pull"),
         (lambda path: path.write_bytes(b""), "is empty."),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is no complete parquet file"),
         (
