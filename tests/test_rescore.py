@@ -19,6 +19,7 @@ from morebench.matrix import ledger
 from morebench.matrix.cell import cells_of
 from morebench.matrix.imported import import_reference
 from morebench.matrix.plan import make_plan
+from morebench.matrix.progress import evaluate_text
 from morebench.matrix.step import execute, prepare_run
 from morebench.reporting.results import scored_items
 
@@ -169,3 +170,23 @@ def test_without_an_evaluate_run_there_is_nothing_to_score(root: Path) -> None:
         rescore(root, finetuned)
     with pytest.raises(ConfigError, match="expected run=ID rescore=true"):
         command(["run=x", "rescore=maybe"])
+
+
+def test_every_task_that_is_not_here_is_named_before_a_model_is_loaded(root: Path) -> None:
+    (finetuned,) = runs(root, "finetune")
+    with pytest.raises(DataError) as caught:
+        command([f"run={finetuned.name}", "suite=llava_more_13", "tracking=none", "trainer=cpu", *here(root)])
+    tasks = compose_config([*CELL, "suite=llava_more_13"]).config.suite.tasks
+    assert len(tasks) == 10
+    assert all(f"{name}: " in str(caught.value) for name in tasks)
+    assert len(runs(root, "evaluate")) == 1
+
+
+def test_status_counts_the_answers_of_every_task(root: Path) -> None:
+    (evaluated,) = runs(root, "evaluate")
+    assert evaluate_text(evaluated) == "144/144 answers"
+    lines = evaluated / "predictions" / "digits_vqa.blind.jsonl"
+    lines.write_bytes(b"".join(lines.read_bytes().splitlines(keepends=True)[:5]))
+    (evaluated / "predictions" / "digits_mc.jsonl").unlink()
+    assert evaluate_text(evaluated) == "101/144 answers: digits_vqa.blind 5/24"
+    assert evaluate_text(runs(root, "finetune")[0]) == "preparing"
