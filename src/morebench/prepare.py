@@ -34,7 +34,7 @@ def prepare(configs: Iterable[Config]) -> None:
         check_writable(Path(config.paths.runs))
     if missing := {folder: recipe for folder, recipe in _recipes(configs) if not folder.exists()}:
         _build_all(missing)
-    _download(configs)
+    download_missing(configs)
     _check_data(configs)
 
 
@@ -49,7 +49,7 @@ def _build_all(missing: Mapping[Path, Mapping[str, Any]]) -> None:
             print(f"built {jobs[job].name} after {time.monotonic() - begun:.0f} s", file=sys.stderr)
 
 
-def _download(configs: Sequence[Config]) -> None:
+def download_missing(configs: Sequence[Config]) -> None:
     """Benchmark records that are not here, where `download=true`: run ids are made of their content."""
     todo: dict[str, tuple[TaskData, Paths]] = {}
     for config in configs:
@@ -62,7 +62,8 @@ def _download(configs: Sequence[Config]) -> None:
         try:
             if hub.find_place(data, paths) is None:
                 _say(f"downloading {data.hub_id}")
-                hub.download(data)
+                with resumable(Path("the Hugging Face cache")):
+                    hub.download(data)
         except DataError as error:
             problems.append(f"{data.hub_id}: {error}")
     if problems:

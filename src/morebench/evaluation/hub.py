@@ -1,5 +1,6 @@
 """Where the rows of a hub data set are: in a local mirror, in the Hugging Face cache, or on the hub."""
 
+import errno
 import hashlib
 import re
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from morebench.config.schema import Paths, TaskData
 from morebench.data.hashes import file_hashes
-from morebench.errors import ConfigError, DataError, join_problems
+from morebench.errors import ConfigError, DataError, MorebenchError, join_problems
 from morebench.evaluation.layout import DEFAULT, README, Layout, layout_of
 from morebench.evaluation.saved import saved_files
 from morebench.models.weights import is_lfs_pointer
@@ -65,31 +66,44 @@ def mirror_folders(data: TaskData, paths: Paths) -> list[Path]:
 
 def absence(data: TaskData, paths: Paths) -> str:
     """What to tell a user whose machine lacks the data set."""
-    mirror = mirror_folders(data, paths)[0]
-    patterns = [
-        f"{'data' if config in (None, DEFAULT) else config}/{data.split}-*"
-        for config in (data.config, *([data.image_config] if data.image_config else []))
-    ]
-    command = ["hf", "download", str(data.hub_id), "--repo-type", "dataset"]
-    command += ["--revision", data.revision] if data.revision else []
-    command += ["--include", README, *patterns, "--local-dir", str(mirror)]
-    others = " or ".join(str(folder) for folder in mirror_folders(data, paths))
+    folders = mirror_folders(data, paths)
+    places, command = " or ".join(map(str, folders)), _fetching(data, hub_ids(data)[0], folders[0])
     return (
-        f"{data.hub_id} ({data.config or DEFAULT}, {data.split}) is neither in {others} nor in the "
-        f"Hugging Face cache. Set download=true, or run: {shlex.join(command)}"
+        f"{data.hub_id} ({data.config or DEFAULT}, {data.split}) is neither in {places} nor in the "
+        f"Hugging Face cache. Set download=true, or run: {command}"
     )
 
 
+def _fetching(data: TaskData, hub_id: str, folder: Path) -> str:
+    """The command that fills a mirror; the patterns are what a repository without a README would have."""
+    configs = [data.config, *([data.image_config] if data.image_config else [])]
+    patterns = [f"{'data' if c in (None, DEFAULT) else c}/{data.split}-*" for c in configs]
+    command = ["hf", "download", hub_id, "--repo-type", "dataset"]
+    command += ["--revision", data.revision] if data.revision else []
+    command += [word for pattern in (README, *patterns) for word in ("--include", pattern)]
+    return shlex.join([*command, "--local-dir", str(folder)])
+
+
 def download(data: TaskData) -> None:
-    """Into the Hugging Face cache; goes on where it was cut off. Raises DataError if no copy can be had."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    """Into the Hugging Face cache; goes on where it was cut off.
+
+    Raises DataError if neither copy can be had, MorebenchError if the hub cannot be reached, OSError for a
+    full disk.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     reasons = []
     for hub_id in hub_ids(data):
         try:
             return _download(data, hub_id)
-        except (HfHubHTTPError, HFValidationError, OSError, DataError) as error:
+        except (RepositoryNotFoundError, RevisionNotFoundError, DataError) as error:
             reasons.append(f"{hub_id}: {_reason(error, hub_id)}")
+        except Exception as error:  # the HTTP library, and so its errors, is not the same in every version
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            raise MorebenchError(
+                f"{hub_id} could not be fetched: {type(error).__name__}: {error}. The same command goes on."
+            ) from error
     raise DataError("cannot be downloaded:\n" + join_problems(reasons))
 
 
@@ -111,10 +125,10 @@ def _reason(error: Exception, hub_id: str) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
-        return f"gated: accept its terms at https://huggingface.co/datasets/{hub_id}, then `hf auth login`"
+        return f"gated: accept its terms at https://huggingface.co/datasets/{hub_id}, then run: hf auth login"
     if isinstance(error, RepositoryNotFoundError):
-        return "there is no such data set, or it is private: `hf auth login` if you may read it"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return "there is no such data set, or it is private; if you may read it, run: hf auth login"
+    return str(error).strip().split("\n")[0]
 
 
 def _mirrored(data: TaskData, hub_id: str, folder: Path) -> Place:
@@ -126,7 +140,8 @@ def _mirrored(data: TaskData, hub_id: str, folder: Path) -> Place:
         else:
             rows, images = _both(data, _layout(folder))
     except DataError as error:
-        raise DataError(f"{folder}: {error}.{_is_script(folder)}") from error
+        reason = f"{folder}: {error}.{_told_scripts(folder)}"
+        raise DataError(f"{reason} To complete it: {_fetching(data, hub_id, folder)}") from error
     return Place(Origin.mirror, hub_id, folder, _known_commit(folder, [*rows, *images]), rows, images)
 
 
@@ -161,7 +176,7 @@ def _layout(folder: Path) -> Layout:
     return layout_of(names, readme.read_text(errors="replace") if readme.is_file() else None)
 
 
-def _is_script(folder: Path) -> str:
+def _told_scripts(folder: Path) -> str:
     scripts = sorted(path.name for path in folder.glob("*.py"))
     return f" {', '.join(scripts)} is not run: data sets are read, never executed." if scripts else ""
 
@@ -180,7 +195,9 @@ def _checked(data: TaskData, place: Place) -> Place:
     paths = [place.folder / name for name in (*place.rows, *place.images)]
     problems = [f"{path} is empty." for path in paths if path.stat().st_size == 0]
     if pointers := [path for path in paths if is_lfs_pointer(path)]:
-        problems += [f"{path} is a git-LFS pointer, not the file. Run: git lfs pull" for path in pointers]
+        problems += [
+            f"{path} is a git-LFS pointer, not the file. Run there: git lfs pull" for path in pointers
+        ]
     pinned = data.revision if data.revision and _COMMIT.fullmatch(data.revision) else None
     if pinned and place.commit and place.commit != pinned:
         problems.append(

@@ -70,9 +70,7 @@ def task_hash(data: TaskData, paths: Paths) -> str | None:
 
 
 def _mended(record: Record, benchmark: Benchmark) -> Record:
-    nulls = {
-        field: text for field, text in benchmark.instead_of_null.items() if record.get(field, "") is None
-    }
+    nulls = {field: text for field, text in benchmark.instead_of_null if record.get(field, "") is None}
     return {**record, **nulls} if nulls else record
 
 
@@ -93,7 +91,7 @@ def _ids(source: Source, records: Sequence[Record], benchmark: Benchmark) -> tup
     first: dict[str, int] = {}
     for row, value in enumerate(map(str, found)):
         if (before := first.setdefault(value, row)) != row:
-            problems.append(f"{source.where(row)}: {field} {value!r} is also that of row {before}")
+            problems.append(f"{source.where(row)}: {field} {value!r} occurs before, at number {before}")
     return list(map(str, found)), problems
 
 

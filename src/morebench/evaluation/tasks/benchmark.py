@@ -51,8 +51,8 @@ class Benchmark(ABC):
     """Record fields that cannot be missing or null, images aside."""
     unique: ClassVar[str | None] = None
     """The one of `fields` that no two records share, if there is one."""
-    instead_of_null: ClassVar[Mapping[str, str]] = {}
-    """What the hub's data has in a field where a copy of it may have null."""
+    instead_of_null: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Field, and what the hub's data has in it where a copy may have null."""
 
     @abstractmethod
     def question(self, record: Record, profile: Profile) -> Question: ...

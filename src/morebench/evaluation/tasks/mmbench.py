@@ -2,12 +2,11 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import ClassVar
 
 from morebench.config.schema import Profile
 from morebench.errors import ConfigError, DataError
@@ -73,7 +72,7 @@ class MMBench(Benchmark):
 
     fields = ("index", "question", "hint", "answer", "A", "B", "C", "D", "category")
     unique = "index"
-    instead_of_null: ClassVar[Mapping[str, str]] = dict.fromkeys(("hint", "A", "B", "C", "D"), "nan")
+    instead_of_null = tuple((field, "nan") for field in ("hint", "A", "B", "C", "D"))
 
     def __init__(
         self, language: str, judge: str = "none", judge_url: str | None = None, judge_model: str | None = None

@@ -1,8 +1,5 @@
 """ScienceQA, the questions with an image: multiple choice, some with a hint."""
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 from morebench.config.schema import Profile
 from morebench.errors import DataError
 from morebench.evaluation.tasks.benchmark import (
@@ -20,7 +17,7 @@ from morebench.evaluation.tasks.benchmark import (
 
 class ScienceQA(Benchmark):
     fields = ("question", "choices", "answer", "hint")
-    instead_of_null: ClassVar[Mapping[str, str]] = {"hint": ""}
+    instead_of_null = (("hint", ""),)
 
     def question(self, record: Record, profile: Profile) -> Question:
         context = f"Context: {record['hint']}\n" if record["hint"] else ""
