@@ -16,6 +16,7 @@ from morebench.errors import ConfigError, DataError, FencedError, MorebenchError
 from morebench.evaluation.asking import ask
 from morebench.evaluation.chunks import plan_chunks
 from morebench.evaluation.generate import Answer, Generator, Request
+from morebench.evaluation.model import load_model
 from morebench.evaluation.predictions import PredictionsFile
 from morebench.evaluation.records import open_task
 from morebench.evaluation.run import evaluate
@@ -70,6 +71,12 @@ def test_the_image_changes_answers(evaluated: Path) -> None:
     }
     assert texts[None] != texts["blind"]
     assert texts[None] != texts["shuffled"]
+
+
+def test_an_image_stays_where_the_task_put_it(cell: Cell) -> None:
+    model = load_model(*cell, torch.device("cpu"))
+    written, in_front = (model.prompt(text) for text in ("Look at <image> now.", "<image>\nLook at now."))
+    assert written.visual_mask.argmax() > in_front.visual_mask.argmax()
 
 
 class Killed(Exception):

@@ -29,6 +29,12 @@ def test_images_without_a_token_of_their_own_get_one_or_one_each() -> None:
     assert with_image_tokens("why?", images, NEWER).images == images
 
 
+def test_an_image_token_too_many_is_an_error() -> None:
+    record = {"question": "<image> <image 1>?", "question_type": "open"}
+    with pytest.raises(DataError, match=r"2 times <image> for 1 image"):
+        MMMU().question(record, PAPER)
+
+
 def test_text_with_image_tokens_stays_as_it_is() -> None:
     assert with_image_tokens("<image> why?", ("a",), PAPER).text == "<image> why?"
     assert with_image_tokens("why?", (), PAPER).text == "why?"
@@ -41,6 +47,7 @@ def test_text_with_image_tokens_stays_as_it_is() -> None:
         ("profile", NEWER, ("image[0]", "image[1]", "image[2]")),
         ("middle", PAPER, ("image[1]",)),
         ("first", NEWER, ("image[0]",)),
+        ("all", PAPER, ("image[0]", "image[1]", "image[2]")),
     ],
 )
 def test_seed_videos_show_the_chosen_frames(frames: str, profile: Profile, images: tuple[str, ...]) -> None:
@@ -64,6 +71,7 @@ def test_seed_videos_show_the_chosen_frames(frames: str, profile: Profile, image
         (MME(), {"category": "chess", "answer": "Yes"}),
         (MMBench("en"), {"answer": "C", "C": "nan"}),
         (MMMU(), MMMU_CHOICE | {"options": "['a']", "answer": "B"}),
+        (MMMU(), MMMU_CHOICE | {"options": "['a', 'b']", "answer": "AB"}),
         (MMMU(), MMMU_CHOICE | {"options": "['a'", "answer": "A"}),
     ],
     ids=lambda value: type(value).__name__,

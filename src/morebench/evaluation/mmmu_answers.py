@@ -51,8 +51,9 @@ def parse_open(response: str) -> list[str | float]:
     return sorted({form for candidate in candidates for form in _forms(candidate)}, key=str)
 
 
-def matches_open(candidates: Sequence[str | float], target: str) -> bool:
-    forms = _forms(target)
+def matches_open(candidates: Sequence[str | float], targets: Sequence[str]) -> bool:
+    """Whether one of the targets is among the candidates, or inside one of them."""
+    forms = [form for target in targets for form in _forms(target)]
     texts = [form for form in forms if isinstance(form, str)]
     return any(
         any(text in candidate for text in texts) if isinstance(candidate, str) else candidate in forms

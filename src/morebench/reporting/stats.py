@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from morebench.evaluation.tasks.benchmark import Scored
+from morebench.evaluation.tasks.mme import COGNITION, PERCEPTION
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
@@ -90,6 +91,26 @@ def all_right(scores: Sequence[float], units: np.ndarray) -> SumStatistic:
     columns_NK = np.zeros((len(scores), 2))
     columns_NK[first] = np.stack([worst_U, np.ones_like(worst_U)], axis=1)
     return SumStatistic(columns_NK, lambda sums: 100 * sums[:, 0] / np.maximum(sums[:, 1], 1.0), best=100.0)
+
+
+def pair_points(items: Sequence[Scored], categories: Sequence[str]) -> SumStatistic:
+    """MME: over categories, the sum of the mean points of an image (50 a right answer, 100 more for both)."""
+    columns_NK = np.zeros((len(items), 2 * len(categories)))
+    first_of: dict[tuple[str, str], int] = {}
+    for row, item in enumerate(items):
+        category = item.record["category"]
+        if category not in categories:
+            continue
+        first = first_of.setdefault((category, item.record["question_id"]), row)
+        k = 2 * categories.index(category)
+        both = 100 * item.score * items[first].score if row != first else 0.0
+        columns_NK[first, k] += 50 * item.score + both
+        columns_NK[first, k + 1] = 1.0
+
+    def total(sums: np.ndarray) -> np.ndarray:
+        return (sums[:, ::2] / np.maximum(sums[:, 1::2], 1.0)).sum(axis=1)
+
+    return SumStatistic(columns_NK, total, best=200.0 * len(categories))
 
 
 def sums_interval(
@@ -176,6 +197,8 @@ def _candidates(items: Sequence[Scored], units: np.ndarray) -> list[SumStatistic
     ]
     if all("answer" in item.record for item in items):
         candidates.append(f1_of([item.record["answer"] for item in items], [item.parsed for item in items]))
+    if all({"category", "question_id"} <= item.record.keys() for item in items):
+        candidates += [pair_points(items, part) for part in (PERCEPTION, COGNITION)]
     return candidates
 
 

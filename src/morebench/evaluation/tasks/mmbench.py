@@ -28,7 +28,8 @@ from morebench.evaluation.tasks.benchmark import (
 
 _INSTRUCTIONS = {"en": LETTER_ANSWER, "cn": "请直接使用所提供的选项字母作为答案回答。"}
 _JUDGES = ("none", "lmms_random", "static", "openai")
-_MISSING = (None, "", "nan")
+_MISSING = "nan"
+_NO_OPTIONS = (None, "", _MISSING)  # what stands where a question has fewer than four
 _ROTATION = 1_000_000  # rotation k of question `base` is the row base + k * 1,000,000
 _RANDOM_SEED = 2680
 _ROUNDS = 3  # times a judge is asked about one answer until its reply can be read
@@ -93,7 +94,7 @@ class MMBench(Benchmark):
     def question(self, record: Record, profile: Profile) -> Question:
         # The reference drops a hint "nan" in English only; Chinese prompts without a hint begin with it.
         hint = record["hint"]
-        without = hint is None or (hint == "nan" and self.language == "en")
+        without = hint is None or (hint == _MISSING and self.language == "en")
         header = record["question"] if without else f"{hint} {record['question']}"
         options = "\n".join(["There are several options:", *_shown_options(record)]).rstrip("\n")
         text = f"{header} {options}\n\n{_INSTRUCTIONS[self.language]}"
@@ -101,7 +102,7 @@ class MMBench(Benchmark):
 
     def target(self, record: Record) -> str:
         answer = record["answer"]
-        if answer not in (*LETTERS,) or record[answer] in _MISSING:
+        if answer not in (*LETTERS,) or record[answer] in _NO_OPTIONS:
             raise DataError(f"answer must be the letter of one of the options, found {answer!r}")
         return str(answer)
 
@@ -216,7 +217,7 @@ def _options(record: Record) -> dict[str, str]:
 
 
 def _shown_options(record: Record) -> list[str]:
-    return [f"{letter}. {record[letter]}" for letter in LETTERS if record[letter] not in _MISSING]
+    return [f"{letter}. {record[letter]}" for letter in LETTERS if record[letter] not in _NO_OPTIONS]
 
 
 def _questions(items: Sequence[Scored]) -> list[list[int]]:

@@ -48,14 +48,15 @@ class MME(Benchmark):
     def aggregate(self, items: Sequence[Scored], profile: Profile) -> dict[str, float]:
         images: dict[tuple[str, str], list[float]] = defaultdict(list)
         for item in items:
-            images[item.record["category"], item.record["question_id"]].append(item.score)
+            record = item.record
+            images[record["category"], record["question_id"]].append(item.score)
         if odd := [
             f"{name}: {len(scores)} answers" for (_, name), scores in images.items() if len(scores) != 2
         ]:
             raise DataError("MME asks two questions about each image, but these have\n" + join_problems(odd))
         by_category: dict[str, list[float]] = defaultdict(list)
-        for (category, _), scores in images.items():
-            by_category[category].append(100 * mean(scores) + 100 * float(all(scores)))
+        for (category, _), (first, second) in images.items():
+            by_category[category].append(50 * (first + second) + 100 * first * second)
         values = {category: mean(points) for category, points in sorted(by_category.items())}
         return {
             "mme_perception_score": sum(values.get(category, 0.0) for category in PERCEPTION),

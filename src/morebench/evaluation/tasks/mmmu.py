@@ -3,7 +3,7 @@
 import ast
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from morebench.evaluation.tasks.benchmark import (
     Question,
     Record,
     Scored,
-    by_part,
     lettered,
     mean,
     with_image_tokens,
@@ -60,21 +59,22 @@ class MMMU(Benchmark):
             return Question(_MARK.sub(IMAGE_TOKEN, text), tuple(marks))
         return with_image_tokens(text, sorted(set(marks)), profile)
 
-    def target(self, record: Record) -> str:
+    def target(self, record: Record) -> str | list[str]:
         _subject(record)
-        answer = str(record["answer"])
-        if _is_choice(record) and answer not in LETTERS[: len(_options(record))]:
+        answer = _answer(record)
+        if _is_choice(record) and answer not in (*LETTERS[: len(_options(record))],):
             count = len(_options(record))
             raise DataError(f"answer must be the letter of one of {count} options, found {answer!r}")
         return answer
 
     def score(self, prediction: str, record: Record, profile: Profile) -> Scored:
-        answer, target = prediction.strip(), str(record["answer"])
+        answer, target = prediction.strip(), _answer(record)
         subject = _subject(record)
         if not _is_choice(record):
             candidates = parse_open(answer)
             parsed = " | ".join(map(str, candidates))
-            return Scored(float(matches_open(candidates, target)), parsed, record={"subject": subject})
+            right = matches_open(candidates, [target] if isinstance(target, str) else target)
+            return Scored(float(right), parsed, record={"subject": subject})
         options = _options(record)
         letter = parse_choice(answer, options)
         return Scored(
@@ -103,27 +103,31 @@ class MMMU(Benchmark):
 
     def aggregate(self, items: Sequence[Scored], profile: Profile) -> dict[str, float]:
         decimals = _DECIMALS[profile]
-        subjects = by_part("by_subject", items, "subject")
+        subjects: dict[str, list[float]] = {}
+        for item in items:
+            subjects.setdefault(item.record["subject"], []).append(item.score)
         domains = {
-            f"by_domain/{domain}": [
-                item for name in names.split() for item in subjects.get(f"by_subject/{name}", [])
-            ]
+            domain: {name: subjects[name] for name in names.split() if name in subjects}
             for domain, names in DOMAINS.items()
         }
         return {
-            "mmmu_acc": round(_weighted(items), decimals),
+            "mmmu_acc": round(_pooled(subjects), decimals),
             "random_guesses": float(sum(RANDOM_FALLBACK in item.flags for item in items)),
-            **{name: round(_weighted(part), decimals) for name, part in domains.items() if part},
-            **{name: round(mean(i.score for i in part), decimals) for name, part in subjects.items()},
+            **{f"by_domain/{name}": round(_pooled(part), decimals) for name, part in domains.items() if part},
+            **{f"by_subject/{name}": round(mean(part), decimals) for name, part in sorted(subjects.items())},
         }
 
 
-def _weighted(items: Sequence[Scored]) -> float:
+def _pooled(subjects: Mapping[str, Sequence[float]]) -> float:
     """The mean, summed subject by subject like the reference: what is rounded next may end in a half."""
-    parts: dict[str, list[float]] = {}
-    for item in items:
-        parts.setdefault(item.record["subject"], []).append(item.score)
-    return sum(mean(part) * len(part) for part in parts.values()) / max(1, len(items))
+    total = sum(mean(scores) * len(scores) for scores in subjects.values())
+    return total / max(1, sum(len(scores) for scores in subjects.values()))
+
+
+def _answer(record: Record) -> str | list[str]:
+    """The hub has three open answers of several values, as the text of a list: for the reference one text."""
+    answer = record["answer"]
+    return [str(one) for one in answer] if isinstance(answer, list) else str(answer)
 
 
 def _subject(record: Record) -> str:

@@ -32,9 +32,9 @@ class SEEDBench(Benchmark):
 
     def question(self, record: Record, profile: Profile) -> Question:
         options = lettered([record[f"choice_{letter}"] for letter in "abcd"])
-        return with_image_tokens(
-            f"{record['question']}\n{options}\n{LETTER_ANSWER}", self._images(record, profile), profile
-        )
+        text = f"{record['question']}\n{options}\n{LETTER_ANSWER}"
+        # Every frame that was chosen gets its token; that the paper's harness has one is in the choice.
+        return with_image_tokens(text, self._images(record, profile), Profile.lmms_eval_0_7_3)
 
     def _images(self, record: Record, profile: Profile) -> tuple[str, ...]:
         stored = record.get("image")
