@@ -1,10 +1,12 @@
 """Answers from several processes: who gets what, and how it ends when one ends badly or all are to stop."""
 
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from evaluate_processes import DIES, FAILS, POSITIONS, SLOW, serve
 from factories_evaluation import artefacts, make_finetuned
 from factories_training import with_trainer
 
-from morebench.config.schema import Config
+from morebench.config.schema import Config, Precision
 from morebench.errors import EXIT_FAILED, ConfigError, DataError, Interrupted, RankError
 from morebench.evaluation import devices
 from morebench.evaluation.devices import Process, Processes, devices_for
+from morebench.evaluation.generate import Answer, Generator
 from morebench.evaluation.run import evaluate
 from morebench.training.signals import StopRequest
 
@@ -134,3 +137,23 @@ def test_an_image_that_cannot_be_decoded_is_named_and_the_rest_is_kept(
             evaluate(config, tmp_path, parent)
     finally:
         image.write_bytes(content)
+
+
+def test_in_bf16_some_answers_are_compared_with_those_given_alone(
+    cell: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that changes every answer is found out."""
+    config, parent = cell
+    recipe = replace(config.stage.evaluate, precision=Precision.bf16)
+    config = with_trainer(replace(config, stage=replace(config.stage, evaluate=recipe)), flip_sample=7)
+    real = Generator.answer
+
+    def answer(self: Generator, requests: Any, share: bool = True) -> list[Answer]:
+        found = real(self, requests, share)
+        return [replace(one, text=f"{one.text}!") for one in found] if share else found
+
+    monkeypatch.setattr(Generator, "answer", answer)
+    evaluate(config, tmp_path, parent)
+    flips = json.loads((tmp_path / "results.json").read_text())["flips"]
+    assert (flips["n"], flips["flips"], len(flips["examples"])) == (7, 7, 5)
+    assert flips["examples"][0]["prediction"] == f"{flips['examples'][0]['alone']}!"

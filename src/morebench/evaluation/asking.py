@@ -16,7 +16,7 @@ from morebench.config.visual import num_visual_tokens
 from morebench.data.chat import ChatFormat, Encoded
 from morebench.evaluation.chunks import Request
 from morebench.evaluation.generate import Generator
-from morebench.evaluation.model import LoadedModel, load_model
+from morebench.evaluation.model import LoadedModel, load_model, question_prompt
 from morebench.evaluation.sheets import Sheet
 from morebench.models.llm import load_tokenizer
 from morebench.models.weights import starting_weights
@@ -73,7 +73,7 @@ def ask(config: Config, sheets: Sequence[Sheet]) -> Asked:
         task = sheet.task
         if task.name not in prompts:
             texts = [item.question.text for item in task.items]
-            prompts[task.name] = [chat.encode_prompt(text, tokenizer, visual) for text in texts]
+            prompts[task.name] = [question_prompt(text, chat, tokenizer, visual) for text in texts]
         for at, prompt in enumerate(prompts[task.name]):
             places.append((number, at))
             requests.append(Request(prompt, sheet.images[at], task.max_new_tokens))

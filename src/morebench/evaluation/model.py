@@ -41,8 +41,7 @@ class LoadedModel:
 
     def prompt(self, question: str) -> Encoded:
         """Image tokens keep the places that the task gave them."""
-        num_visual_tokens = self.mllm.vision.num_visual_tokens
-        return self.chat.encode_prompt(question, self.tokenizer, num_visual_tokens, as_written=True)
+        return question_prompt(question, self.chat, self.tokenizer, self.mllm.vision.num_visual_tokens)
 
     def end_token_ids(self) -> list[int]:
         return self.chat.end_token_ids(self.tokenizer)
@@ -79,6 +78,11 @@ class LoadedModel:
         # keys and values
         bytes_each = 2 * config.num_hidden_layers * num_key_heads * head_dim * self.mllm.llm.dtype.itemsize
         return int(gib * 2**30) // bytes_each
+
+
+def question_prompt(question: str, chat: ChatFormat, tokenizer: Any, num_visual_tokens: int) -> Encoded:
+    """A single image stays where the task has put it in the question, as in the study's evaluation."""
+    return chat.encode_prompt(question, tokenizer, num_visual_tokens, as_written=True)
 
 
 def load_model(config: Config, parent: Path, device: torch.device) -> LoadedModel:

@@ -103,7 +103,7 @@ class Display:
 def progress_text(run: PlannedRun) -> str:
     """`step 120/188, loss 1.92, 30k tokens/s, 12 s left`, from the files the step writes."""
     if run.step is Step.evaluate:
-        return _evaluate_text(run.folder)
+        return evaluate_text(run.folder)
     last = _last_line(run.folder / "metrics.jsonl")
     if last is None:
         return "preparing"
@@ -117,7 +117,7 @@ def progress_text(run: PlannedRun) -> str:
     )
 
 
-def _evaluate_text(folder: Path) -> str:
+def evaluate_text(folder: Path) -> str:
     """`1,234/62,000 answers: gqa 400/12578, pope.blind 834/9000`; tasks that are neither new nor done."""
     files = sorted((folder / "predictions").glob("*.jsonl"))
     answers = {path.name: path.read_bytes().count(b"\n") for path in files}

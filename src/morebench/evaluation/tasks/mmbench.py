@@ -73,7 +73,7 @@ class MMBench(Benchmark):
 
     fields = ("index", "question", "hint", "answer", "A", "B", "C", "D", "category")
     unique = "index"
-    instead_of_null = tuple((field, _MISSING) for field in ("hint", "A", "B", "C", "D"))
+    instead_of_null = tuple((field, "nan") for field in ("hint", "A", "B", "C", "D"))
 
     def __init__(
         self, language: str, judge: str = "none", judge_url: str | None = None, judge_model: str | None = None
