@@ -124,17 +124,17 @@ def test_schemas_are_the_published_ones(configs: Configs, root: Path) -> None:
         return {field.name: str(field.type) for field in schema}
 
     image = "struct<bytes: binary, path: string>"
-    assert types("ai2d", "default/test") == {
+    assert types("ai2d", "data/test") == {
         "question": "string",
         "options": "list<element: string>",
         "answer": "string",
         "image": image,
     }
     assert types("ScienceQA", "ScienceQA-IMG/test")["answer"] == "int8"
-    assert types("textvqa", "default/validation")["question_id"] == "int32"
+    assert types("textvqa", "data/validation")["question_id"] == "int32"
     assert types("MMBench", "cn/dev")["index"] == "int64"
-    assert types("SEED-Bench", "default/test")["image"] == f"list<element: {image}>"
-    assert {types("MMMU", "default/validation")[f"image_{number}"] for number in range(1, 8)} == {image}
+    assert types("SEED-Bench", "data/test")["image"] == f"list<element: {image}>"
+    assert {types("MMMU", "data/validation")[f"image_{number}"] for number in range(1, 8)} == {image}
 
 
 @pytest.mark.parametrize("changed", [False, True])
