@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,16 @@ def configs(root: Path) -> Configs:
 
 @pytest.fixture(scope="module")
 def mixed(configs: Configs, root: Path) -> dict[Profile, Path]:
+    """The study's profile also with other images."""
     folders = {profile: root / profile.name for profile in Profile}
     for profile, folder in folders.items():
-        answer(configs[profile], folder)
+        answer(_with_controls(configs[profile], ["shuffled"] if profile is Profile.paper else []), folder)
     return folders
+
+
+def _with_controls(config: Config, controls: list[str]) -> Config:
+    stage = config.stage
+    return replace(config, stage=replace(stage, evaluate=replace(stage.evaluate, controls=controls)))
 
 
 def columns(config: Config, folder: Path) -> dict[str, float]:
@@ -76,7 +83,10 @@ def test_a_model_that_answers_in_many_ways(
     save_config(config, folder / "config.yaml")
     (folder / "DONE").write_text("{}")
     row = ReportRow(cell={}, labels={}, seed=0, runs={"evaluate": folder})
-    scores = load_result(row, config.suite.columns).scores
+    result = load_result(row, config.suite.columns)
+    scores = result.scores
+    assert result.controls.keys() == ({"shuffled"} if profile is Profile.paper else set())
+    assert all(control.keys() == scores.keys() for control in result.controls.values())
     assert [*scores] == [column.label for column in config.suite.columns]
     for column in config.suite.columns:
         score = scores[column.label]
