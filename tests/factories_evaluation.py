@@ -14,9 +14,10 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from morebench.config.compose import load_chat_format
+from morebench.config.compose import compose_config, load_chat_format, save_config
 from morebench.config.schema import Config, Profile, Suite, Task, TaskData
 from morebench.data.chat import ChatFormat
+from morebench.evaluation.anomalies import KINDS
 from morebench.models.attention import VARLEN
 from morebench.models.llm import llm_config
 from morebench.models.mllm import MLLM
@@ -166,3 +167,31 @@ def artefacts(folder: Path) -> dict[str, Any]:
             assert result.pop("seconds") > 0
             assert result.pop("questions_per_s") > 0
     return files | results
+
+
+def evaluate_results(folder: Path) -> Path:
+    """A folder with the config and the results of an evaluate run of the 13 columns, one task missing."""
+    config = compose_config(["llm=llama_tiny", "vision=clip_tiny"]).config
+    save_config(config, folder / "config.yaml")
+    metrics: dict[str, dict[str, float]] = {}
+    for column in config.suite.columns:
+        metrics.setdefault(column.task, {})[column.metric] = 62.5 / column.factor
+    del metrics["ai2d"]
+    example = {"id": "7", "question": "<image>\nWhat\nis it? " + "really " * 30, "prediction": "a ... b"}
+    odd = {"n": 3, "examples": [{**example, "target": "c"}] * 3}
+    tasks: dict[str, Any] = {
+        name: {"n": 12578, "metrics": own, "anomalies": {}, "warnings": []} for name, own in metrics.items()
+    }
+    tasks["mmmu_val"]["anomalies"] = {kind: odd for kind in KINDS}
+    tasks["mmbench_en_dev"] |= {
+        "anomalies": {"unparsed": odd},
+        "warnings": ["the score depends on judge=none."],
+    }
+    controls = {
+        name: {"gqa": {"n": 12578, "metrics": {"exact_match": value}, "anomalies": {}}}
+        for name, value in (("blind", 0.25), ("shuffled", 0.3))
+    }
+    results = {"profile": "paper", "tasks": tasks, "controls": controls, "seconds": 9.0}
+    results["flips"] = {"n": 64, "flips": 2, "examples": []}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder

@@ -155,3 +155,23 @@ def test_reporting_needs_no_torch():
         "import sys, morebench.reporting.report; sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_footnotes_cite_the_answers_that_scores_say_nothing_about(rows: list[ReportRow]):
+    path = evaluate_folder_of(rows[0]) / "results.json"
+    whole = path.read_text()
+    written = json.loads(whole)
+    for number, task in enumerate(written["tasks"].values(), 1):
+        task["anomalies"] = {"empty": {"n": number, "examples": []}}
+    written["tasks"]["digits_mc"]["warnings"] = ["the score depends on judge=none."]
+    path.write_text(json.dumps(written))
+    try:
+        result, *_ = found = load_results(rows, columns())
+        notes = footnotes(found)
+    finally:
+        path.write_text(whole)
+    total = sum(task["n"] for task in written["tasks"].values())
+    (empty,) = [note for note in notes if note.startswith("Answers that are empty (no text): 6 of ")]
+    assert f"6 of {total:,} ({result.row.labels['llm']} + {result.row.labels['vision']})." in empty
+    assert any(note.startswith("WARNING: digits_mc: the score depends on judge=none. (") for note in notes)
+    assert "How much of a score needs the image is its distance from a control." in notes

@@ -58,7 +58,7 @@ def command(arguments: Sequence[str]) -> int:
         found = " ".join(arguments) or "nothing"
         raise ConfigError(f"expected one of run=ID, golden=DIR or outputs=FILE, found {found}. See --help.")
     rest = [override for override in parsed if override.key not in own]
-    again = own.get("rescore", ("false",))[0]
+    again = own.get("rescore", ("false",))[0].lower()
     if again not in ("true", "false") or ("rescore" in own and "run" not in own):
         raise ConfigError(f"rescore={again}: expected run=ID rescore=true, or without it.")
     if "run" in own:

@@ -17,8 +17,8 @@ KINDS = {
     "too_long": "cut at max_new_tokens",
     "needs_judge": "what it means would decide the item, and no rule reads it",
     "random_fallback": "an answer was drawn, as the reference does",
-    "unreadable_tokens": "has ids beyond the tokenizer's, which have no text",
-    "near_ties": "two best tokens nearly equal: another batch may answer otherwise",
+    "unreadable_tokens": "with ids beyond the tokenizer's, which have no text",
+    "near_ties": "two best tokens nearly equal, so that another batch may answer otherwise",
 }
 _IS: dict[str, Callable[[Line, Scored], bool]] = {
     "empty": lambda line, scored: not line["prediction"].strip(),

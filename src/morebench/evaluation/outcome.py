@@ -25,7 +25,7 @@ def score(
     fence: Fence,
     speeds: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Write scores/; `tasks` and `controls` of results.json. Raises JudgeError; the next call asks it the rest.
+    """Write scores/; `tasks` and `controls` of results.json. Raises JudgeError; the next call asks the rest.
 
     `lines`: of every sheet, in record order. `speeds`: of its file, by that file's name.
     """

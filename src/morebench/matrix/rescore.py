@@ -17,7 +17,6 @@ from morebench.config.schema import Config, Step
 from morebench.errors import ConfigError, DataError, RunError, join_problems
 from morebench.evaluation.outcome import JUDGE, score, write_results
 from morebench.evaluation.predictions import Line
-from morebench.evaluation.records import task_hash
 from morebench.evaluation.rescoring import usable_predictions
 from morebench.evaluation.sheets import Sheet, open_sheets
 from morebench.evaluation.spent import speeds
@@ -25,7 +24,7 @@ from morebench.matrix import ledger
 from morebench.matrix.cell import NUMERICS_VERSION, cell_of
 from morebench.matrix.identity import identity
 from morebench.matrix.mirror import Mirror, prepare
-from morebench.matrix.plan import Plan, PlannedRun, make_plan
+from morebench.matrix.plan import Plan, make_plan
 from morebench.matrix.step import prepare_run, seal
 from morebench.training.fence import Fence
 from morebench.training.files import read_manifest, update_manifest
@@ -72,33 +71,36 @@ def rescore(composed: Composed, candidates: Sequence[Predicted]) -> Path:
 
     Raises DataError for everything that would have to be generated again, RunError if a folder is in use.
     """
-    cell = cell_of(composed)
-    plan = make_plan([cell])
-    (planned,) = [run for run in plan.runs.values() if run.step is Step.evaluate]
-    sheets = open_sheets(cell.config)
-    made, lines = _first_usable(
-        cell.config, sheets, sorted(candidates, key=lambda one: one.folder.name != planned.run_id)
-    )
-    if _is_same(cell.config, made, planned):
+    config = composed.config
+    sheets = open_sheets(config)
+    in_place = [made for made in candidates if _is_same(config, sheets, made)]
+    made, lines = _first_usable(config, sheets, in_place or candidates)
+    if in_place:
         folder = made.folder
     else:
+        plan = make_plan([cell_of(composed)])
+        (planned,) = (run for run in plan.runs.values() if run.step is Step.evaluate)
         folder = planned.folder
-        _check_id(plan, made)
-        prepare_run(planned)
+        if folder.name != made.folder.name:
+            _check_id(plan, made)
+            prepare_run(planned)
     with ledger.locked(folder) as me:
         fence = partial(ledger.check_owner, folder, me)
-        if folder != made.folder:
+        if folder.name != made.folder.name:
             _copy(made.folder, folder)
         (folder / ledger.DONE).unlink(missing_ok=True)  # it names files that are about to change
-        _score(cell.config, sheets, lines, made, folder, fence)
+        _score(config, sheets, lines, made, folder, fence)
         seal(folder, fence)
-    tracking = cell.config.tracking
-    if tracking.uri is not None:
-        prepare(tracking)
-    mirror = Mirror(tracking, folder, cell.name, Step.evaluate.name, cell.config.experiments)
+    if config.tracking.uri is not None:
+        prepare(config.tracking)
+    mirror = Mirror(config.tracking, folder, _cell_name(made), Step.evaluate.name, config.experiments)
     mirror.start()
     mirror.close()
     return folder
+
+
+def _cell_name(made: Predicted) -> str:
+    return "-".join(str(value) for value in made.axes.values())
 
 
 def _first_usable(
@@ -142,18 +144,15 @@ def _copy(source: Path, folder: Path) -> None:
     update_manifest(folder, {**carried, "rescored_from": source.name})
 
 
-def _is_same(config: Config, made: Predicted, planned: PlannedRun) -> bool:
-    """Whether the run that made the predictions is the one asked for."""
-    if made.folder.name == planned.run_id:
-        return True
-    # weights may be missing here, or the code have changed since: then no id can say so
-    results = ledger.read_json(made.folder / "results.json")
-    return (
-        results is not None
-        and _content(config) == _content(made.config)
-        and _hashes(config)
-        == {name: result.get("source", {}).get("content_hash") for name, result in results["tasks"].items()}
-    )
+def _is_same(config: Config, sheets: Sequence[Sheet], made: Predicted) -> bool:
+    """Whether the run that made the predictions is the one asked for, as far as evaluating goes.
+
+    An id cannot say so where the weights are no longer here, or the code has changed since.
+    """
+    tasks = (ledger.read_json(made.folder / "results.json") or {}).get("tasks", {})
+    then = {name: result.get("source", {}).get("content_hash") for name, result in tasks.items()}
+    now = {sheet.task.name: sheet.task.source.content_hash for sheet in sheets}
+    return then == now and _content(config) == _content(made.config)
 
 
 def _content(config: Config) -> Any:
@@ -162,10 +161,6 @@ def _content(config: Config) -> Any:
         name: (identity(task.code), task.max_new_tokens[profile]) for name, task in config.suite.tasks.items()
     }
     return identity(config.stage.evaluate), load_chat_format(config.llm.chat_format), tasks
-
-
-def _hashes(config: Config) -> dict[str, Any]:
-    return {name: task_hash(task.data, config.paths) for name, task in config.suite.tasks.items()}
 
 
 def _check_id(plan: Plan, made: Predicted) -> None:

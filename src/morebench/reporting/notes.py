@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from morebench.evaluation.anomalies import KINDS
 from morebench.reporting.results import CellResult
 from morebench.reporting.stats import AGGREGATE_RESAMPLES, RESAMPLES
 
@@ -11,7 +12,11 @@ EXCLUSION_TEXT = {
     "truncated": "samples cut at the maximum length",
     "unsupervised": "samples without a supervised token, kept with zero weight",
 }
-CONTROL_TEXT = {"blind": "blind: the same questions with every image replaced by its mean colour."}
+CONTROL_TEXT = {
+    "blind": "blind: the same questions with every image replaced by its mean colour.",
+    "shuffled": "shuffled: the same questions, each about the image of another item of its task.",
+}
+CONTROLS_TEXT = "How much of a score needs the image is its distance from a control."
 
 
 def footnotes(results: Sequence[CellResult]) -> list[str]:
@@ -24,6 +29,8 @@ def footnotes(results: Sequence[CellResult]) -> list[str]:
             CONTROL_TEXT.get(name, f"{name}: a control.")
             for name in _in_order(n for r in results for n in r.controls)
         ),
+        *([CONTROLS_TEXT] if any(result.controls for result in results) else []),
+        *_odd_answers(results),
         *_missing(results),
         *_exclusions(results),
         *_anomalies(results),
@@ -38,6 +45,24 @@ def _profile(results: Sequence[CellResult]) -> list[str]:
         return [f"Prompts and scorers: profile {profile}." for profile in profiles]
     cells = [f"{profile}: {_cells([r for r in results if r.profile == profile])}" for profile in profiles]
     return [f"WARNING: rows were scored with different profiles and cannot be compared ({'; '.join(cells)})."]
+
+
+def _odd_answers(results: Sequence[CellResult]) -> list[str]:
+    """One sentence a kind: counts and where; and what the scorers warn of."""
+    notes = []
+    for kind, meaning in KINDS.items():
+        counts = [
+            f"{result.odd_answers[kind]:,} of {result.num_answers:,} ({_cells([result])})"
+            for result in results
+            if result.odd_answers.get(kind)
+        ]
+        if counts:
+            notes.append(f"Answers that are {kind} ({meaning}): {', '.join(counts)}.")
+    cells: dict[str, list[CellResult]] = defaultdict(list)
+    for result in results:
+        for text in result.warnings:
+            cells[text].append(result)
+    return notes + [f"WARNING: {text} ({_some(found, results)})" for text, found in cells.items()]
 
 
 def _missing(results: Sequence[CellResult]) -> list[str]:

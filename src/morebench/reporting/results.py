@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -71,6 +72,9 @@ class CellResult:
     costs: dict[str, StepCost] = field(default_factory=dict)
     exclusions: dict[str, dict[str, int]] = field(default_factory=dict)  # step name -> kind -> samples
     anomalies: tuple[str, ...] = ()
+    num_answers: int = 0  # of the tasks, controls aside
+    odd_answers: dict[str, int] = field(default_factory=dict)  # kind of `evaluation.anomalies` -> how many
+    warnings: tuple[str, ...] = ()  # what makes a task's numbers doubtful
     commits: tuple[str, ...] = ()
 
     @property
@@ -115,10 +119,22 @@ def load_result(row: ReportRow, columns: Sequence[Column]) -> CellResult:
         profile=written.get("profile"),
         costs=_with_evaluate_seconds(result.costs, written.get("seconds")),
         scores=_scores(folder, config, columns, written["tasks"], control=None),
+        num_answers=sum(task["n"] for task in written["tasks"].values()),
+        odd_answers=_odd_answers(written["tasks"]),
+        warnings=tuple(
+            f"{name}: {text}" for name, task in written["tasks"].items() for text in task.get("warnings", ())
+        ),
         controls={
             name: _scores(folder, config, columns, tasks, control=name) for name, tasks in controls.items()
         },
     )
+
+
+def _odd_answers(tasks: Mapping[str, Any]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for task in tasks.values():
+        counts.update({kind: found["n"] for kind, found in task.get("anomalies", {}).items()})
+    return dict(counts)
 
 
 def scored_items(folder: Path, task: str, control: str | None = None) -> list[tuple[dict[str, Any], Scored]]:

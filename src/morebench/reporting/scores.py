@@ -11,6 +11,7 @@ from rich.text import Text
 from morebench.config import compose
 from morebench.config.schema import Config
 from morebench.evaluation.anomalies import KINDS
+from morebench.evaluation.tasks.benchmark import IMAGE_TOKEN
 from morebench.reporting.results import read_json
 from morebench.reporting.tables import MISSING
 
@@ -26,7 +27,7 @@ def print_scores(folder: Path, console: Console) -> None:
     _print(console, Text(f"\n{folder.name}", style="bold"))
     console.print(_scores(config, results))
     for sentence in _warnings(results):
-        _print(console, Text(f"warning: {sentence}", style="yellow"))
+        console.print(Text(f"warning: {sentence}", style="yellow"), highlight=False)
     found = {
         task: result["anomalies"] for task, result in results["tasks"].items() if result.get("anomalies")
     }
@@ -44,7 +45,7 @@ def _scores(config: Config, results: Results) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column(config.suite.label, no_wrap=True)
     controls = results.get("controls", {})
-    for header in ("score", *(part for name in controls for part in (name, f"- {name}")), "n"):
+    for header in ("score", *(part for name in controls for part in (name, f"over {name}")), "n"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("profile", no_wrap=True)
     for column in config.suite.columns:
@@ -80,15 +81,14 @@ def _warnings(results: Results) -> Iterator[str]:
 
 
 def _counts(results: Results, found: Mapping[str, Any]) -> Table:
-    kinds = [kind for kind in KINDS if any(kind in own for own in found.values())]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("task", overflow="fold")
-    for kind in kinds:
-        table.add_column(kind.replace("_", " "), justify="right")
+    table.add_column("task", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("items", justify="right")
     table.add_column("of", justify="right")
     for task, own in found.items():
-        counts = [f"{own[kind]['n']:,}" if kind in own else "" for kind in kinds]
-        table.add_row(task, *counts, f"{results['tasks'][task]['n']:,}")
+        for kind, anomaly in own.items():
+            table.add_row(task, kind, f"{anomaly['n']:,}", f"{results['tasks'][task]['n']:,}")
     return table
 
 
@@ -96,11 +96,11 @@ def _examples(found: Mapping[str, Any]) -> Iterator[Text]:
     for kind, meaning in KINDS.items():
         own = {task: anomalies[kind] for task, anomalies in found.items() if kind in anomalies}
         if own:
-            yield Text(f"{kind.replace('_', ' ')}: {meaning}")
+            yield Text(f"{kind}: {meaning}")
         for task, anomaly in own.items():
             for example in anomaly["examples"][:_EXAMPLES]:
                 answer = f"{example['prediction']!r}, expected {example['target']!r}"
-                question = " ".join(example["question"].split())
+                question = " ".join(example["question"].replace(IMAGE_TOKEN, "").split())
                 yield Text(f"  {task} {example['id']}: {answer}; {question}", style="dim")
 
 

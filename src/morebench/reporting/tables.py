@@ -149,6 +149,9 @@ def json_text(table: Table) -> str:
                 "costs": {step: asdict(cost) for step, cost in result.costs.items()},
                 "exclusions": result.exclusions,
                 "anomalies": list(result.anomalies),
+                "num_answers": result.num_answers,
+                "odd_answers": result.odd_answers,
+                "warnings": list(result.warnings),
                 "commits": list(result.commits),
             }
         )

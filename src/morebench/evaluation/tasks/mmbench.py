@@ -73,7 +73,7 @@ class MMBench(Benchmark):
 
     fields = ("index", "question", "hint", "answer", "A", "B", "C", "D", "category")
     unique = "index"
-    instead_of_null: ClassVar[Mapping[str, str]] = dict.fromkeys(("hint", "A", "B", "C", "D"), _MISSING)
+    instead_of_null: ClassVar[Mapping[str, str]] = dict.fromkeys(("hint", "A", "B", "C", "D"), "nan")
 
     def __init__(
         self, language: str, judge: str = "none", judge_url: str | None = None, judge_model: str | None = None
