@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from morebench.evaluation import asking
 from morebench.evaluation.asking import Asked
-from morebench.evaluation.generate import Answer, Request
+from morebench.evaluation.chunks import Request
+from morebench.evaluation.generate import Answer
 from morebench.evaluation.items import Item
 from morebench.evaluation.tasks.benchmark import Benchmark
 
@@ -72,10 +73,11 @@ class _Generator:
     """Stands in for `generate.Generator`; decodes every image once, as a shared prefix does."""
 
     def __init__(self, book: dict[Question, str]) -> None:
+        self.out_of_memory = 0
         self._book = book
         self._seen: set[str] = set()
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+    def answer(self, requests: Sequence[Request], share: bool = True) -> list[Answer]:
         for request in requests:
             for image in request.images:
                 if image.key not in self._seen:
@@ -88,10 +90,9 @@ class _Generator:
 @contextmanager
 def standing_in(book: dict[Question, str]) -> Iterator[None]:
     """The evaluate step asks the book instead of a model. Of this process alone: one device."""
-    model = SimpleNamespace(mllm=SimpleNamespace(llm=None))
+    model = SimpleNamespace(cache_positions=lambda gib: None)
     with (
         patch.object(asking, "load_model", lambda *_: model),
-        patch.object(asking, "generation_attention", lambda _: nullcontext()),
         patch.object(asking, "Generator", lambda _: _Generator(book)),
     ):
         yield

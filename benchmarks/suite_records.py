@@ -80,7 +80,7 @@ def write_mirrors(data: Path, scale: float = 1.0, organisation: str = "lmms-lab"
             if not table.unused
             else list(islice(rows_of(table.make, 0.0), 4))
         )
-        pattern = f"{table.config}/{table.split}"
+        pattern = f"{'data' if table.config == 'default' else table.config}/{table.split}"
         _write(folder / pattern, rows, features_of(table.make))
         files = configs.setdefault(folder, {}).setdefault(table.config, [])
         files.append({"split": table.split, "path": f"{pattern}-*"})

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,16 @@ def configs(root: Path) -> Configs:
 
 @pytest.fixture(scope="module")
 def mixed(configs: Configs, root: Path) -> dict[Profile, Path]:
+    """The study's profile also with other images."""
     folders = {profile: root / profile.name for profile in Profile}
     for profile, folder in folders.items():
-        answer(configs[profile], folder)
+        answer(_with_controls(configs[profile], ["shuffled"] if profile is Profile.paper else []), folder)
     return folders
+
+
+def _with_controls(config: Config, controls: list[str]) -> Config:
+    stage = config.stage
+    return replace(config, stage=replace(stage, evaluate=replace(stage.evaluate, controls=controls)))
 
 
 def columns(config: Config, folder: Path) -> dict[str, float]:
@@ -76,7 +83,10 @@ def test_a_model_that_answers_in_many_ways(
     save_config(config, folder / "config.yaml")
     (folder / "DONE").write_text("{}")
     row = ReportRow(cell={}, labels={}, seed=0, runs={"evaluate": folder})
-    scores = load_result(row, config.suite.columns).scores
+    result = load_result(row, config.suite.columns)
+    scores = result.scores
+    assert result.controls.keys() == ({"shuffled"} if profile is Profile.paper else set())
+    assert all(control.keys() == scores.keys() for control in result.controls.values())
     assert [*scores] == [column.label for column in config.suite.columns]
     for column in config.suite.columns:
         score = scores[column.label]
@@ -124,17 +134,17 @@ def test_schemas_are_the_published_ones(configs: Configs, root: Path) -> None:
         return {field.name: str(field.type) for field in schema}
 
     image = "struct<bytes: binary, path: string>"
-    assert types("ai2d", "default/test") == {
+    assert types("ai2d", "data/test") == {
         "question": "string",
         "options": "list<element: string>",
         "answer": "string",
         "image": image,
     }
     assert types("ScienceQA", "ScienceQA-IMG/test")["answer"] == "int8"
-    assert types("textvqa", "default/validation")["question_id"] == "int32"
+    assert types("textvqa", "data/validation")["question_id"] == "int32"
     assert types("MMBench", "cn/dev")["index"] == "int64"
-    assert types("SEED-Bench", "default/test")["image"] == f"list<element: {image}>"
-    assert {types("MMMU", "default/validation")[f"image_{number}"] for number in range(1, 8)} == {image}
+    assert types("SEED-Bench", "data/test")["image"] == f"list<element: {image}>"
+    assert {types("MMMU", "data/validation")[f"image_{number}"] for number in range(1, 8)} == {image}
 
 
 @pytest.mark.parametrize("changed", [False, True])

@@ -13,11 +13,10 @@ from morebench.evaluation.items import Item, OpenTask
 from morebench.evaluation.mmmu_answers import matches_open
 from morebench.evaluation.outputs import Output, read_metrics, read_outputs
 from morebench.evaluation.scoring import score_items
-from morebench.evaluation.tasks.benchmark import IMAGE_TOKEN
+from morebench.evaluation.tasks.benchmark import IMAGE_TOKEN, RANDOM_FALLBACK
 
 TOLERANCE = 1e-9
 _ID_FIELDS = ("question_id", "id", "index", "image_id")  # of a record, for outputs without a position
-_GUESS = "random_fallback"
 _LEADING_IMAGES = re.compile(rf"(\s*{IMAGE_TOKEN})+\s*")
 
 
@@ -63,7 +62,7 @@ def replay_outputs(path: Path, task: OpenTask, profile: Profile) -> Replayed:
         if there is None:
             continue
         num_scores += 1
-        if _GUESS in scored[at].flags:
+        if RANDOM_FALLBACK in scored[at].flags:
             num_guesses += 1
             scored[at] = replace(scored[at], score=there)
         elif abs(there - scored[at].score) > TOLERANCE:
