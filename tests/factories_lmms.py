@@ -73,7 +73,7 @@ def _take_answers(config: Config, folder: Path, root: Path) -> None:
 
 
 def write_lmms_tasks(root: Path, config: Config) -> dict[str, str]:
-    """-> environment for lmms-eval. Leaves a folder for --include_path: the suite, and vqa as others write it.
+    """-> environment for lmms-eval. Leaves tasks/ for --include_path: the suite, and vqa as others do it.
 
     `config` is what `make_run` returned.
     """

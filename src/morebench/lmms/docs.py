@@ -7,6 +7,7 @@ from typing import Any
 
 from morebench import entry
 from morebench.config.compose import compose_config
+from morebench.config.overrides import check
 from morebench.config.schema import Config, Profile
 from morebench.errors import ConfigError, MorebenchError
 from morebench.evaluation.items import Item, OpenTask
@@ -55,6 +56,7 @@ def open_suite_task(suite: str, name: str, profile: str) -> OpenTask:
     """Task `name` of a suite, from where the evaluate step has it. Raises ConfigError and DataError."""
     if profile not in Profile.__members__:
         raise ConfigError(f"profile must be one of {', '.join(Profile.__members__)}, found {profile!r}.")
+    check([f"suite={suite}"], multirun=False)
     config = _suite(suite)
     if name not in config.suite.tasks:
         raise ConfigError(f"suite {suite} has no task {name}. There are: {', '.join(config.suite.tasks)}.")

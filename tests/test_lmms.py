@@ -1,0 +1,174 @@
+"""The parts of the lmms-eval adapter that do without lmms-eval."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from factories_data import paths_below
+from factories_evaluation import CLASSES, NUM_ITEMS, make_task
+
+from morebench.config.compose import ROOT, compose_config
+from morebench.config.schema import Profile
+from morebench.errors import EXIT_USER, ConfigError, DataError
+from morebench.evaluation.items import OpenTask
+from morebench.evaluation.records import open_task
+from morebench.evaluation.scoring import score_items
+from morebench.lmms.__main__ import TASKS
+from morebench.lmms.asking import answer_limit, check_generation, place_images
+from morebench.lmms.docs import Docs, Metrics, open_suite_task, told
+
+SUITE = "llava_more_13"
+
+
+class FunctionNames(yaml.SafeLoader):
+    """Reads what lmms-eval's own loader would import as its name."""
+
+
+FunctionNames.add_constructor("!function", lambda _, node: node.value)
+
+
+def task_files() -> dict[str, dict[str, Any]]:
+    return {path.stem: yaml.load(path.read_text(), FunctionNames) for path in TASKS.glob("*.yaml")}
+
+
+@pytest.mark.parametrize(
+    ("text", "num_images", "profile", "placed", "shown"),
+    [
+        ("Red?", 1, Profile.paper, "<image>\nRed?", 1),
+        ("Red?", 8, Profile.paper, "<image>\nRed?", 1),
+        ("Red?", 3, Profile.lmms_eval_0_7_3, "<image> <image> <image>\nRed?", 3),
+        ("Red?", 0, Profile.lmms_eval_0_7_3, "Red?", 0),
+        ("Like <image 1>?", 1, Profile.paper, "<image>\nLike <image 1>?", 1),
+        ("Is <image> like <image>?", 3, Profile.lmms_eval_0_7_3, "Is <image> like <image>?", 2),
+    ],
+)
+def test_image_tokens_go_where_the_harness_of_the_profile_puts_them(
+    text: str, num_images: int, profile: Profile, placed: str, shown: int
+) -> None:
+    assert place_images(text, num_images, profile, "t 0") == (placed, shown)
+
+
+def test_an_image_token_without_an_image_is_refused() -> None:
+    with pytest.raises(DataError, match=r"t 3: its text has 2 <image>, but 1 image\(s\)\."):
+        place_images("<image> or <image>?", 1, Profile.paper, "t 3")
+
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.0, "top_p": 1.0, "num_beams": 1}
+GREEDY |= {"do_sample": False, "until": ["ASSISTANT:"], "image_aspect_ratio": "original"}
+
+
+def test_greedy_generation_is_taken_as_it_comes() -> None:
+    check_generation([("a", GREEDY), ("b", {"until": ["\n\n"], "do_sample": False}), ("c", {})])
+    assert [answer_limit(each) for each in (GREEDY, {}, {"max_new_tokens": None})] == [16, 1024, 1024]
+
+
+def test_all_that_is_not_greedy_is_refused_at_once() -> None:
+    sampled = {"temperature": 0.2, "do_sample": True, "num_beams": 3, "max_new_tokens": 0}
+    with pytest.raises(ConfigError) as caught:
+        check_generation([("a", GREEDY), ("b", sampled), ("b", sampled), ("c", {"seed": 1})])
+    lines = str(caught.value).splitlines()
+    assert [line.split("=")[0].split(" must")[0] for line in lines[:-1]] == [
+        "b: temperature",
+        "b: do_sample",
+        "b: num_beams",
+        "b: max_new_tokens",
+        "c: seed",
+    ]
+    assert "found 0.2" in lines[0]
+    assert "There are: max_new_tokens, do_sample" in lines[4]
+    assert "--gen_kwargs do_sample=False,temperature=0" in lines[-1]
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenTask:
+    root = tmp_path_factory.mktemp("toy")
+    (root / "data" / "toy" / "images").mkdir(parents=True)
+    task = make_task(root / "data" / "toy", request.param, np.random.default_rng(0))
+    return open_task(request.param, task, paths_below(root), Profile.paper)
+
+
+def test_metrics_are_those_of_the_evaluate_step_in_whatever_order_the_answers_come(opened: OpenTask) -> None:
+    metrics = Metrics(opened, Profile.paper)
+    texts = ["Yes", "yes ", "A", "B.", "no"] * (NUM_ITEMS // 5)
+    pairs = zip(texts, (item.record for item in opened.items), strict=True)
+    scored = score_items(opened.benchmark, pairs, Profile.paper)
+    expected = opened.benchmark.aggregate(scored, Profile.paper)
+    answers = list(enumerate(texts))
+    assert metrics.of(answers) == metrics.of(answers[::-1]) == expected
+    assert metrics.names == list(expected)
+    assert [metrics.score(at, text) for at, text in answers] == [item.score for item in scored]
+    assert metrics.of(answers[:3]) != expected  # not what it remembers
+    assert max(expected.values()) > 0
+
+
+def test_docs_are_records_that_know_their_item(opened: OpenTask) -> None:
+    docs = Docs(opened.items)
+    assert len(docs) == NUM_ITEMS
+    assert [(doc.at, doc.item) for doc in docs] == list(enumerate(opened.items))
+    assert docs[7] == dict(opened.items[7].record)
+    assert docs[7].item is opened.items[7]
+    assert set(docs.features) == set(opened.items[0].record)
+
+
+def test_every_task_of_the_suite_has_its_file_and_its_place_in_the_group() -> None:
+    files = task_files()
+    group = files.pop(f"{SUITE}_paper")
+    names = list(compose_config([f"suite={SUITE}"]).config.suite.tasks)
+    assert group == {"group": f"{SUITE}_paper", "task": [f"{name}_paper" for name in names]}
+    assert files == {
+        f"{name}_paper": {
+            "task": f"{name}_paper",
+            "class": "morebench.lmms.task.SuiteTask",
+            "suite": SUITE,
+            "of_suite": name,
+            "profile": "paper",
+        }
+        for name in names
+    }
+
+
+@pytest.mark.parametrize(
+    ("suite", "name", "profile", "message"),
+    [
+        ("llava_more_31", "gqa", "paper", "llava_more_13"),
+        (SUITE, "gqq", "paper", "no task gqq. There are: gqa, scienceqa_img"),
+        (SUITE, "gqa", "pepar", "must be one of paper, lmms_eval_0_7_3, found 'pepar'"),
+    ],
+)
+def test_a_misspelt_task_file_is_named(suite: str, name: str, profile: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_suite_task(suite, name, profile)
+
+
+def test_mistakes_leave_with_a_sentence_before_lmms_eval_sees_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught, told():
+        raise ConfigError("no such run.")
+    assert caught.value.code == EXIT_USER
+    assert capsys.readouterr().err == "error: no such run.\n"
+
+
+def test_the_folder_of_tasks_is_printed_without_lmms_eval_and_torch() -> None:
+    code = "import sys, runpy; sys.argv = ['lmms']; sys.modules['torch'] = sys.modules['lmms_eval'] = None; "
+    code += "runpy.run_module('morebench.lmms', run_name='__main__')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.stdout, run.returncode) == (f"{TASKS}\n", 0), run.stderr
+
+
+def pins(name: str) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for package, version in re.findall(r"^([a-z0-9._-]+)==([^ ;]+)", (ROOT / name).read_text(), re.MULTILINE):
+        found.setdefault(package, set()).add(version)
+    return found
+
+
+def test_the_environment_of_lmms_eval_differs_from_ours_in_what_it_demands() -> None:
+    ours, theirs = pins("requirements.lock"), pins("requirements-lmms.lock")
+    assert {name for name in ours if ours[name] != theirs.get(name)} == {"protobuf", "python-dateutil"}
+    assert Path(ROOT / "requirements-lmms.lock").read_text().count("://") == 0
