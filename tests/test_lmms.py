@@ -1,26 +1,32 @@
 """The parts of the lmms-eval adapter that do without lmms-eval."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import yaml
 from factories_data import paths_below
 from factories_evaluation import CLASSES, NUM_ITEMS, make_task
+from factories_lmms import RUN, make_run
 
 from morebench.config.compose import ROOT, compose_config
 from morebench.config.schema import Profile
-from morebench.errors import EXIT_USER, ConfigError, DataError
+from morebench.errors import EXIT_USER, ConfigError, DataError, MorebenchError
 from morebench.evaluation.items import OpenTask
 from morebench.evaluation.records import open_task
 from morebench.evaluation.scoring import score_items
+from morebench.evaluation.tasks.mmmu import MMMU
 from morebench.lmms.__main__ import TASKS
-from morebench.lmms.asking import answer_limit, check_generation, place_images
+from morebench.lmms.answering import Asked, AskedRun
 from morebench.lmms.docs import Docs, Metrics, open_suite_task, told
+from morebench.lmms.requests import answer_limit, check_generation, place_images
 
 SUITE = "llava_more_13"
 
@@ -84,6 +90,118 @@ def test_all_that_is_not_greedy_is_refused_at_once() -> None:
     assert "--gen_kwargs do_sample=False,temperature=0" in lines[-1]
 
 
+class FinishedRun(NamedTuple):
+    root: Path
+    tasks: list[OpenTask]
+    predictions: list[str]  # of the evaluate step: vqa's, pope's, mc's
+
+    def overrides(self, **more: Any) -> dict[str, Any]:
+        return {"runs": str(self.root / "runs"), "paths.root": str(self.root), "trainer": "cpu"} | more
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    root = tmp_path_factory.mktemp("lmms")
+    config, _ = make_run(root)
+    tasks = [open_task(name, task, config.paths, Profile.paper) for name, task in config.suite.tasks.items()]
+    return FinishedRun(root, tasks, [text for task in tasks for text in predictions(root / "first", task)])
+
+
+def predictions(evaluated: Path, task: OpenTask) -> list[str]:
+    lines = (evaluated / "predictions" / f"{task.name}.jsonl").read_text().splitlines()
+    return [json.loads(line)["prediction"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def asked_run(finished: FinishedRun) -> AskedRun:
+    return AskedRun(RUN, "cpu", "8", finished.overrides())
+
+
+def asked(text: str, visuals: Any, doc_id: int, task: str, **generation: Any) -> Asked:
+    return Asked(text, {"max_new_tokens": 5, **generation}, visuals, doc_id, task, "test")
+
+
+def test_answers_are_those_of_the_evaluate_step_in_the_order_of_the_requests(
+    finished: FinishedRun, asked_run: AskedRun
+) -> None:
+    docs = {task.name: {"test": Docs(task.items)} for task in finished.tasks}
+    questions = [
+        asked(doc.item.question.text, None, doc.at, task, until=["e"])  # stop strings are not applied
+        for task, splits in docs.items()
+        for doc in splits["test"]
+    ]
+    order = np.random.default_rng(0).permutation(len(questions))
+    pairs = asked_run.answer([questions[i] for i in order], docs)
+    assert [answer.text for _, answer in pairs] == [finished.predictions[i] for i in order]
+
+
+def test_images_and_texts_of_other_tasks_become_the_same_requests(
+    finished: FinishedRun, asked_run: AskedRun
+) -> None:
+    task = finished.tasks[0]
+    rows = [{"image": item.images[0].load()} for item in task.items]
+    questions = [
+        asked(item.question.text.removeprefix("<image>\n"), lambda row: [row["image"]], at, "other")
+        for at, item in enumerate(task.items)
+    ]
+    pairs = asked_run.answer(questions, {"other": {"test": rows}})
+    assert [answer.text for _, answer in pairs] == finished.predictions[: len(rows)]
+    keys = {request.images[0].key for request, _ in pairs}
+    assert len(keys) == len({item.images[0].key for item in task.items})  # of the content
+
+
+def test_every_request_has_its_own_limit(finished: FinishedRun, asked_run: AskedRun) -> None:
+    limits = [1, 4, 2, 3]
+    questions = [
+        asked("Red?", lambda row: [], at, "other", max_new_tokens=limit) for at, limit in enumerate(limits)
+    ]
+    pairs = asked_run.answer(questions, {"other": {"test": [{}] * 4}})
+    assert [(answer.num_tokens, answer.ended) for _, answer in pairs] == [(limit, False) for limit in limits]
+
+
+def test_images_that_the_llm_does_not_see_are_counted(
+    finished: FinishedRun, asked_run: AskedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = finished.tasks[0].items[0].images[0].load()
+    visuals = [lambda row: [image] * 8, lambda row: [image], lambda row: None]
+    questions = [asked("Red?", visual, 0, "video") for visual in visuals]
+    pairs = asked_run.answer(questions, {"video": {"test": [{}]}})
+    assert [len(request.images) for request, _ in pairs] == [1, 1, 0]
+    assert (
+        "WARNING: video: 1 questions show their first images only: profile paper" in capsys.readouterr().err
+    )
+    with pytest.raises(DataError, match=r"video 0: expected images, found str\. morebench sees images only"):
+        asked_run.answer([asked("Red?", lambda row: ["a.mp4"], 0, "video")], {"video": {"test": [{}]}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": None}, "expected --model_args run=ID"),
+        ({"run": "toy-finetune-2"}, f"neither a run in .*Near: {RUN}"),
+        ({"run": "unfinished"}, "Only a finished run"),
+        ({"batch_size": "auto"}, "--batch_size must be a number from 1 on, found auto"),
+        ({"device": "gpu"}, "--device gpu: expected cuda, cuda:0, .* or cpu"),
+        ({"device": "cuda:7"}, "--device cuda:7: torch finds"),
+        ({"profile": "pepar"}, "stage.evaluate.profile=pepar"),
+        ({"llm": "phi4"}, "llm=phi4: the run has it fixed. Free: suite, stage.evaluate"),
+        ({"trianer.threads": 2}, "trianer.threads=2"),
+    ],
+)
+def test_mistakes_in_the_model_arguments_are_named(
+    finished: FinishedRun, change: dict[str, Any], message: str
+) -> None:
+    unfinished = finished.root / "runs" / "unfinished"
+    if not unfinished.is_dir():
+        shutil.copytree(finished.root / "runs" / RUN, unfinished, ignore=shutil.ignore_patterns("DONE"))
+    own = {"run": RUN, "device": "cpu", "batch_size": 8}
+    own |= {key: value for key, value in change.items() if key in own}
+    overrides = finished.overrides(**{key: value for key, value in change.items() if key not in own})
+    with pytest.raises(MorebenchError, match=message) as caught:
+        AskedRun(own["run"], own["device"], own["batch_size"], overrides)
+    assert caught.value.exit_code == EXIT_USER
+
+
 @pytest.fixture(scope="module", params=CLASSES)
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenTask:
     root = tmp_path_factory.mktemp("toy")
@@ -101,9 +219,23 @@ def test_metrics_are_those_of_the_evaluate_step_in_whatever_order_the_answers_co
     answers = list(enumerate(texts))
     assert metrics.of(answers) == metrics.of(answers[::-1]) == expected
     assert metrics.names == list(expected)
-    assert [metrics.score(at, text) for at, text in answers] == [item.score for item in scored]
     assert metrics.of(answers[:3]) != expected  # not what it remembers
     assert max(expected.values()) > 0
+
+
+def test_what_is_settled_among_all_answers_follows_the_order_of_the_records(opened: OpenTask) -> None:
+    """MMMU guesses where it reads no letter; processes of lmms-eval hand their answers over one by one."""
+    records = [
+        {"id": f"v_Art_{at}", "question": "?", "question_type": "multiple-choice", "options": list("wxyz")}
+        | {"answer": "ABCD"[at % 4]}
+        for at in range(NUM_ITEMS)
+    ]
+    items = [replace(item, record=record) for item, record in zip(opened.items, records, strict=True)]
+    metrics = Metrics(replace(opened, benchmark=MMMU(), items=items), Profile.paper)
+    answers = [(at, "?") for at in range(NUM_ITEMS)]
+    expected = metrics.of(answers)
+    assert metrics.of(answers[:1]) != expected
+    assert metrics.of(answers[::2] + answers[1::2]) == expected
 
 
 def test_docs_are_records_that_know_their_item(opened: OpenTask) -> None:

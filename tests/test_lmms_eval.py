@@ -24,7 +24,6 @@ class Outcome(NamedTuple):
     evaluated: Path  # what our evaluate step left
     metrics: dict[str, dict[str, float]]  # of lmms-eval, by task
     predictions: dict[str, list[str]]
-    log: str
 
 
 def lmms_eval(root: Path, environment: dict[str, str], model_args: str) -> subprocess.CompletedProcess[str]:
@@ -63,7 +62,6 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
             for task, found in results.items()
         },
         {task: predictions_of(root / "out", task) for task in results},
-        run.stdout + run.stderr,
     )
 
 
@@ -82,7 +80,7 @@ def test_our_tasks_give_the_answers_and_metrics_of_the_evaluate_step(outcome: Ou
 
 
 def test_a_task_that_is_not_ours_gives_the_same_where_it_asks_the_same(outcome: Outcome) -> None:
-    assert len(set(outcome.predictions["vqa_stock"])) > NUM_ITEMS / 2
+    assert len(set(outcome.predictions["vqa_stock"])) >= NUM_ITEMS / 4
     assert outcome.predictions["vqa_stock"] == outcome.predictions["vqa_paper"]
     score = outcome.metrics["vqa_stock"]["exact_match"]
     assert score == outcome.metrics["vqa_paper"]["exact_match"] > 0.3

@@ -12,7 +12,7 @@ from morebench.config.schema import Config, Profile
 from morebench.errors import ConfigError, MorebenchError
 from morebench.evaluation.items import Item, OpenTask
 from morebench.evaluation.records import open_task
-from morebench.evaluation.scoring import score_items, without_reasoning
+from morebench.evaluation.scoring import score_items
 
 
 @contextmanager
@@ -85,11 +85,6 @@ class Metrics:
             scored = score_items(self._task.benchmark, records, self._profile)
             self._last = ordered, self._task.benchmark.aggregate(scored, self._profile)
         return self._last[1]
-
-    def score(self, at: int, text: str) -> float:
-        """Of one answer alone, before what only all of them can settle."""
-        record = self._task.items[at].record
-        return self._task.benchmark.score(without_reasoning(text, self._profile), record, self._profile).score
 
 
 def _right(task: OpenTask, at: int) -> str:
