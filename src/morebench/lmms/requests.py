@@ -26,11 +26,10 @@ def place_images(text: str, num_images: int, profile: Profile, where: str) -> tu
 
     Raises DataError if there are tokens without an image.
     """
-    question = with_image_tokens(text, [str(number) for number in range(num_images)], profile)
-    num_tokens = question.text.count(IMAGE_TOKEN)
-    if num_tokens > num_images:
+    if (num_tokens := text.count(IMAGE_TOKEN)) > num_images:
         raise DataError(f"{where}: its text has {num_tokens} {IMAGE_TOKEN}, but {num_images} image(s).")
-    return question.text, num_tokens
+    question = with_image_tokens(text, [str(number) for number in range(num_images)], profile)
+    return question.text, len(question.images)
 
 
 def answer_limit(generation: Mapping[str, Any]) -> int:
