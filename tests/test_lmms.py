@@ -25,7 +25,7 @@ from morebench.evaluation.scoring import score_items
 from morebench.evaluation.tasks.mmmu import MMMU
 from morebench.lmms.__main__ import TASKS
 from morebench.lmms.answering import Asked, AskedRun
-from morebench.lmms.docs import Docs, Metrics, open_suite_task, told
+from morebench.lmms.docs import Docs, Metrics, open_suite_task, task_keys, told
 from morebench.lmms.requests import answer_limit, check_generation, place_images
 
 SUITE = "llava_more_13"
@@ -277,6 +277,11 @@ def test_every_task_of_the_suite_has_its_file_and_its_place_in_the_group() -> No
 def test_a_misspelt_task_file_is_named(suite: str, name: str, profile: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_suite_task(suite, name, profile)
+
+
+def test_a_task_file_without_a_key_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"task mine: its YAML file has no of_suite, profile\."):
+        task_keys({"task": "mine", "suite": "digits"})
 
 
 def test_mistakes_leave_with_a_sentence_before_lmms_eval_sees_them(

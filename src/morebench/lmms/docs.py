@@ -14,6 +14,8 @@ from morebench.evaluation.items import Item, OpenTask
 from morebench.evaluation.records import open_task
 from morebench.evaluation.scoring import score_items
 
+_KEYS = ("suite", "of_suite", "profile")
+
 
 @contextmanager
 def told() -> Iterator[None]:
@@ -50,6 +52,13 @@ class Docs:
 
     def __getitem__(self, at: int) -> Doc:
         return Doc(self._items[at], at)
+
+
+def task_keys(config: Mapping[str, Any]) -> dict[str, str]:
+    """Ours, of a task's YAML file. Raises ConfigError."""
+    if missing := [key for key in _KEYS if key not in config]:
+        raise ConfigError(f"task {config.get('task')}: its YAML file has no {', '.join(missing)}.")
+    return {key: str(config[key]) for key in _KEYS}
 
 
 def open_suite_task(suite: str, name: str, profile: str) -> OpenTask:

@@ -8,7 +8,7 @@ from lmms_eval.api.task import ConfigurableTask
 from PIL import Image
 
 from morebench.config.schema import Profile
-from morebench.lmms.docs import Doc, Docs, Metrics, open_suite_task, told
+from morebench.lmms.docs import Doc, Docs, Metrics, open_suite_task, task_keys, told
 
 _SPLIT = "test"
 
@@ -20,8 +20,8 @@ class SuiteTask(ConfigurableTask):
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        own = {key: config[key] for key in ("suite", "of_suite", "profile")}
         with told():
+            own = task_keys(config)
             self._open = open_suite_task(own["suite"], own["of_suite"], own["profile"])
             self._metrics = Metrics(self._open, Profile[own["profile"]])
         super().__init__(
