@@ -1,0 +1,178 @@
+"""Answering a GQA-shaped load: image prefixes shared, against one question at a time, against transformers.
+
+    python benchmarks/generate.py [--pairs 3] [--images 4] [--threads 1]   # CPU, fp32; some 8 min
+    python benchmarks/generate.py --device cuda --shape phi4               # bf16, true shapes, random weights
+
+The same weights, prompts and pixels; the sides take turns in one process. *shared*: `Generator` as an
+evaluate step uses it. *alone*: the same with a question at a time, each about an image of its own.
+*transformers*: `LlavaForConditionalGeneration.generate`, 16 at a time, padded on the left, its pixels ready
+in memory. Answers of fp32 must be equal but for near ties; then bf16 shared is held against bf16 alone. With
+--suite what the speeds mean for a whole suite.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from morebench.config.schema import Config, Precision
+from morebench.evaluation.generate import Answer, Generator, Request, generation_attention, plan_chunks
+from morebench.evaluation.model import LoadedModel
+
+sys.path.insert(0, str(Path(__file__).parent))
+from generate_load import QUESTIONS, SHAPES, make_config, make_model, make_requests, unshared
+from generate_stock import Stock
+from generate_suite import speed_of_suite
+
+STOCK_SIZE = 16  # questions of a batch
+
+
+@dataclass
+class Side:
+    run: Callable[[], None]
+    answered: int  # questions of a run
+    seconds: list[float]
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    device, shape = torch.device(arguments.device), SHAPES[arguments.shape]
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {arguments.threads} threads"
+    )
+    print(f"{name}, torch {torch.__version__}, shape {arguments.shape}", flush=True)
+    for grid in shape.grids if arguments.grid is None else arguments.grid:
+        config = make_config(shape, grid)
+        on_cpu = device.type == "cpu"
+        model = make_model(config, Precision.fp32 if on_cpu else Precision.bf16, device, arguments.batch)
+        requests = make_requests(shape, model, arguments.images)
+        print(f"{grid} visual tokens: {len(requests)} questions about {arguments.images} images", flush=True)
+        for line in compare(config, model, requests, arguments):
+            print(f"  {line}", flush=True)
+        if arguments.suite:
+            for line in speed_of_suite(config, model, requests):
+                print(f"  {line}", flush=True)
+        if on_cpu:
+            del model
+            rounded = make_model(config, Precision.bf16, device, arguments.batch)
+            print(f"  bf16: {flips(rounded, requests[: arguments.flips])}", flush=True)
+
+
+def compare(
+    config: Config, model: LoadedModel, requests: list[Request], arguments: argparse.Namespace
+) -> list[str]:
+    found: dict[str, list[Answer]] = {}
+    few = requests[: arguments.alone]
+    stock = Stock(config, model, requests, STOCK_SIZE)
+    texts: list[str] = []
+
+    def run_shared() -> None:
+        found["shared"] = shared(model, requests)
+
+    def run_alone() -> None:
+        found["alone"] = alone(model, few)
+
+    def run_stock() -> None:
+        texts[:] = stock.answer()
+
+    sides = {
+        "shared": Side(run_shared, len(requests), []),
+        "alone": Side(run_alone, len(few), []),
+        "transformers": Side(run_stock, len(requests), []),
+    }
+    shared(model, requests[:QUESTIONS]), alone(model, requests[:2]), stock.answer(1)  # warm
+    for _ in range(arguments.pairs):
+        for side in sides.values():
+            _wait(model.device)
+            began = time.perf_counter()
+            side.run()
+            _wait(model.device)
+            side.seconds.append(time.perf_counter() - began)
+    tokens = sum(answer.num_tokens for answer in found["shared"]) / len(requests)
+    lines = [f"answers of {tokens:.1f} tokens and one that ends them"]
+    rates = {name: [side.answered / seconds for seconds in side.seconds] for name, side in sides.items()}
+    lines += [f"{name}: {_spread(rate, '.2f')} questions/s" for name, rate in rates.items()]
+    for other in ("alone", "transformers"):
+        ratios = [ours / theirs for ours, theirs in zip(rates["shared"], rates[other], strict=True)]
+        lines.append(f"shared / {other}: {_spread(ratios, '.1f')}")
+    is_exact = model.mllm.llm.dtype == torch.float32
+    others = {"alone": [answer.text for answer in found["alone"]], "transformers": texts}
+    for other, answers in others.items():
+        lines.append(f"against {other}: {_differences(found['shared'], answers, is_exact)}")
+    return lines
+
+
+def shared(model: LoadedModel, requests: Sequence[Request]) -> list[Answer]:
+    answers: dict[int, Answer] = {}
+    with generation_attention(model.mllm.llm):
+        generator = Generator(model)
+        for chunk in plan_chunks(requests, model.batch_size):
+            answers |= zip(chunk, generator.answer([requests[i] for i in chunk]), strict=True)
+    return [answers[i] for i in range(len(requests))]
+
+
+def alone(model: LoadedModel, requests: Sequence[Request]) -> list[Answer]:
+    one_by_one = replace(model, batch_size=1)
+    with generation_attention(model.mllm.llm):
+        return [
+            Generator(one_by_one).answer([unshared(request, number)])[0]
+            for number, request in enumerate(requests)
+        ]
+
+
+def flips(model: LoadedModel, requests: Sequence[Request]) -> str:
+    """How many answers sharing changes where it may: in bf16."""
+    together, apart = shared(model, requests), alone(model, requests)
+    changed = sum(a.text != b.text for a, b in zip(together, apart, strict=True))
+    return f"{changed} of {len(requests)} answers ({changed / len(requests):.1%}) differ, shared from alone"
+
+
+def _differences(ours: Sequence[Answer], theirs: Sequence[str], is_exact: bool) -> str:
+    """Raises SystemExit for fp32 answers that differ without a near tie."""
+    pairs = [(answer, text) for answer, text in zip(ours, theirs, strict=False) if answer.text != text]
+    ties = sum(answer.near_ties > 0 for answer, _ in pairs)
+    if is_exact and ties < len(pairs):
+        wrong = next((answer.text, text) for answer, text in pairs if not answer.near_ties)
+        raise SystemExit(
+            f"{len(pairs) - ties} answers differ without a near tie, such as {wrong[0]!r}, {wrong[1]!r}"
+        )
+    of_which = f", all after near ties ({ties})" if is_exact and pairs else ""
+    return f"{len(pairs)} of {len(theirs)} answers differ{of_which}"
+
+
+def _spread(values: Sequence[float], spec: str) -> str:
+    return f"{median(values):{spec}} ({min(values):{spec}} to {max(values):{spec}})"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--grid", type=int, nargs="+", help="numbers of visual tokens; all that the shape has"
+    )
+    parser.add_argument("--images", type=int, default=4, help=f"each with {QUESTIONS} questions")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=32, help="questions that ours answers at once")
+    parser.add_argument("--alone", type=int, help="only so many questions one at a time; all")
+    parser.add_argument("--flips", type=int, help="only so many questions in bf16; all")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--suite", action="store_true", help="what it means for a whole suite")
+    arguments = parser.parse_args()
+    arguments.suite = arguments.suite or arguments.device != "cpu"
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

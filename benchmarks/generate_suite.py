@@ -1,0 +1,2 @@
+def speed_of_suite(config, model, requests):
+    return []
