@@ -4,7 +4,7 @@
     python benchmarks/generate.py --device cuda --shape phi4               # bf16, true shapes, random weights
 
 The same weights, prompts and pixels; the sides take turns in one process. *shared*: `Generator` as an
-evaluate step uses it. *alone*: the same with a question at a time, each about an image of its own.
+evaluate step uses it. *alone*: the same with a question at a time, prompt and image computed whole.
 *transformers*: `LlavaForConditionalGeneration.generate`, 16 at a time, padded on the left, its pixels ready
 in memory. Answers of fp32 must be equal but for near ties; then bf16 shared is held against bf16 alone. With
 --suite what the speeds mean for a whole suite.
@@ -14,20 +14,20 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from morebench.config.schema import Config, Precision
-from morebench.evaluation.generate import Answer, Generator, Request, generation_attention, plan_chunks
+from morebench.evaluation.generate import Answer, Generator, Request, plan_chunks
 from morebench.evaluation.model import LoadedModel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from generate_load import QUESTIONS, SHAPES, make_config, make_model, make_requests, unshared
+from generate_load import QUESTIONS, SHAPES, make_config, make_model, make_requests
 from generate_stock import Stock
-from generate_suite import speed_of_suite
+from generate_suite import speed_of_suite, wait
 
 STOCK_SIZE = 16  # questions of a batch
 
@@ -37,6 +37,7 @@ class Side:
     run: Callable[[], None]
     answered: int  # questions of a run
     seconds: list[float]
+    cpu_seconds: list[float]
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
         for line in compare(config, model, requests, arguments):
             print(f"  {line}", flush=True)
         if arguments.suite:
-            for line in speed_of_suite(config, model, requests):
+            for line in speed_of_suite(config, model, requests, shared):
                 print(f"  {line}", flush=True)
         if on_cpu:
             del model
@@ -82,25 +83,32 @@ def compare(
         texts[:] = stock.answer()
 
     sides = {
-        "shared": Side(run_shared, len(requests), []),
-        "alone": Side(run_alone, len(few), []),
-        "transformers": Side(run_stock, len(requests), []),
+        "shared": Side(run_shared, len(requests), [], []),
+        "alone": Side(run_alone, len(few), [], []),
+        "transformers": Side(run_stock, len(requests), [], []),
     }
     shared(model, requests[:QUESTIONS]), alone(model, requests[:2]), stock.answer(1)  # warm
     for _ in range(arguments.pairs):
         for side in sides.values():
-            _wait(model.device)
-            began = time.perf_counter()
+            wait(model.device)
+            began, cpu_began = time.perf_counter(), time.process_time()
             side.run()
-            _wait(model.device)
+            wait(model.device)
             side.seconds.append(time.perf_counter() - began)
+            side.cpu_seconds.append(time.process_time() - cpu_began)
     tokens = sum(answer.num_tokens for answer in found["shared"]) / len(requests)
     lines = [f"answers of {tokens:.1f} tokens and one that ends them"]
     rates = {name: [side.answered / seconds for seconds in side.seconds] for name, side in sides.items()}
     lines += [f"{name}: {_spread(rate, '.2f')} questions/s" for name, rate in rates.items()]
     for other in ("alone", "transformers"):
-        ratios = [ours / theirs for ours, theirs in zip(rates["shared"], rates[other], strict=True)]
-        lines.append(f"shared / {other}: {_spread(ratios, '.1f')}")
+        line = f"shared / {other}: {_spread(_ratios(rates['shared'], rates[other]), '.1f')}"
+        if model.device.type == "cpu":  # which other programs of the machine disturb less
+            cpu = {
+                name: [side.answered / seconds for seconds in side.cpu_seconds]
+                for name, side in sides.items()
+            }
+            line += f"; by CPU time {_spread(_ratios(cpu['shared'], cpu[other]), '.1f')}"
+        lines.append(line)
     is_exact = model.mllm.llm.dtype == torch.float32
     others = {"alone": [answer.text for answer in found["alone"]], "transformers": texts}
     for other, answers in others.items():
@@ -109,21 +117,17 @@ def compare(
 
 
 def shared(model: LoadedModel, requests: Sequence[Request]) -> list[Answer]:
-    answers: dict[int, Answer] = {}
-    with generation_attention(model.mllm.llm):
-        generator = Generator(model)
-        for chunk in plan_chunks(requests, model.batch_size):
-            answers |= zip(chunk, generator.answer([requests[i] for i in chunk]), strict=True)
+    """As an evaluate step does it."""
+    generator, answers = Generator(model), dict[int, Answer]()
+    for chunk in plan_chunks(requests, model.batch_size, model.cache_positions(None)):
+        answers |= zip(chunk, generator.answer([requests[i] for i in chunk]), strict=True)
     return [answers[i] for i in range(len(requests))]
 
 
 def alone(model: LoadedModel, requests: Sequence[Request]) -> list[Answer]:
-    one_by_one = replace(model, batch_size=1)
-    with generation_attention(model.mllm.llm):
-        return [
-            Generator(one_by_one).answer([unshared(request, number)])[0]
-            for number, request in enumerate(requests)
-        ]
+    """Each with its image, which is read and encoded again."""
+    generator = Generator(model)
+    return [generator.answer([request], share=False)[0] for request in requests]
 
 
 def flips(model: LoadedModel, requests: Sequence[Request]) -> str:
@@ -146,13 +150,12 @@ def _differences(ours: Sequence[Answer], theirs: Sequence[str], is_exact: bool) 
     return f"{len(pairs)} of {len(theirs)} answers differ{of_which}"
 
 
+def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
 def _spread(values: Sequence[float], spec: str) -> str:
     return f"{median(values):{spec}} ({min(values):{spec}} to {max(values):{spec}})"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _arguments() -> argparse.Namespace:

@@ -130,12 +130,6 @@ def make_requests(shape: Shape, model: LoadedModel, num_images: int) -> list[Req
     return requests
 
 
-def unshared(request: Request, number: int) -> Request:
-    """The same about an image that no other request has."""
-    images = tuple(replace(image, key=f"{image.key} of {number}") for image in request.images)
-    return replace(request, images=images)
-
-
 def _prompt(before: np.ndarray, visual: int, around: np.ndarray, question: np.ndarray) -> Encoded:
     # The question last: with random weights an answer depends most on what it follows.
     ids = np.concatenate([before, np.zeros(visual, np.int64), around, question]).astype(np.int32)
