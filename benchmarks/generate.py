@@ -112,7 +112,7 @@ def compare(
     is_exact = model.mllm.llm.dtype == torch.float32
     others = {"alone": [answer.text for answer in found["alone"]], "transformers": texts}
     for other, answers in others.items():
-        lines.append(f"against {other}: {_differences(found['shared'], answers, is_exact)}")
+        lines.append(f"against {other}: {differences(found['shared'], answers, is_exact)}")
     return lines
 
 
@@ -137,7 +137,7 @@ def flips(model: LoadedModel, requests: Sequence[Request]) -> str:
     return f"{changed} of {len(requests)} answers ({changed / len(requests):.1%}) differ, shared from alone"
 
 
-def _differences(ours: Sequence[Answer], theirs: Sequence[str], is_exact: bool) -> str:
+def differences(ours: Sequence[Answer], theirs: Sequence[str], is_exact: bool) -> str:
     """Raises SystemExit for fp32 answers that differ without a near tie."""
     pairs = [(answer, text) for answer, text in zip(ours, theirs, strict=False) if answer.text != text]
     ties = sum(answer.near_ties > 0 for answer, _ in pairs)
