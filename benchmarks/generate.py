@@ -13,7 +13,7 @@ in memory. Answers of fp32 must be equal but for near ties; then bf16 shared is 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,9 +23,10 @@ import torch
 from morebench.config.schema import Config, Precision
 from morebench.evaluation.generate import Answer, Generator, Request, plan_chunks
 from morebench.evaluation.model import LoadedModel
+from morebench.training.strategy import exact_arithmetic
 
 sys.path.insert(0, str(Path(__file__).parent))
-from generate_load import QUESTIONS, SHAPES, make_config, make_model, make_requests
+from generate_load import QUESTIONS, SHAPES, Shape, make_config, make_model, make_requests
 from generate_stock import Stock
 from generate_suite import speed_of_suite, wait
 
@@ -42,27 +43,28 @@ class Side:
 
 def main() -> None:
     arguments = _arguments()
-    torch.set_num_threads(arguments.threads)
     device, shape = torch.device(arguments.device), SHAPES[arguments.shape]
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {arguments.threads} threads"
     )
     print(f"{name}, torch {torch.__version__}, shape {arguments.shape}", flush=True)
-    for grid in shape.grids if arguments.grid is None else arguments.grid:
-        config = make_config(shape, grid)
-        on_cpu = device.type == "cpu"
-        model = make_model(config, Precision.fp32 if on_cpu else Precision.bf16, device, arguments.batch)
-        requests = make_requests(shape, model, arguments.images)
-        print(f"{grid} visual tokens: {len(requests)} questions about {arguments.images} images", flush=True)
-        for line in compare(config, model, requests, arguments):
-            print(f"  {line}", flush=True)
-        if arguments.suite:
-            for line in speed_of_suite(config, model, requests, shared):
+    with exact_arithmetic(arguments.threads):  # as an evaluate step
+        for grid in shape.grids if arguments.grid is None else arguments.grid:
+            print(f"{grid} visual tokens: {QUESTIONS} questions about each of {arguments.images} images")
+            for line in measure(shape, grid, device, arguments):
                 print(f"  {line}", flush=True)
-        if on_cpu:
-            del model
-            rounded = make_model(config, Precision.bf16, device, arguments.batch)
-            print(f"  bf16: {flips(rounded, requests[: arguments.flips])}", flush=True)
+
+
+def measure(shape: Shape, grid: int, device: torch.device, arguments: argparse.Namespace) -> Iterator[str]:
+    config, on_cpu = make_config(shape, grid), device.type == "cpu"
+    model = make_model(config, Precision.fp32 if on_cpu else Precision.bf16, device, arguments.batch)
+    requests = make_requests(shape, model, arguments.images)
+    yield from compare(config, model, requests, arguments)
+    if arguments.suite:
+        yield from speed_of_suite(config, model, requests, shared)
+    if on_cpu:  # on a GPU all was bf16
+        rounded = make_model(config, Precision.bf16, device, arguments.batch)
+        yield f"bf16: {flips(rounded, requests[: arguments.flips])}"
 
 
 def compare(

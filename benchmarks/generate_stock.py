@@ -25,7 +25,7 @@ class Stock:
         self._image_token_id = len(model.tokenizer)  # a row of its own behind the vocabulary
         exported = to_llava(mllm.cpu(), load_shape(config.vision.shape), self._image_token_id, dtype)
         mllm.to(device)
-        self._llava = _runnable(exported).to(device)
+        self._llava = _runnable(exported, device)
         self._model = model
         pixels = {
             image.key: mllm.normalise(torch.from_numpy(model.processor(image.load()))[None].to(device)).to(
@@ -70,14 +70,15 @@ class Stock:
         return moved, max(request.max_new_tokens for request in requests)
 
 
-def _runnable(exported: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+def _runnable(exported: LlavaForConditionalGeneration, device: torch.device) -> LlavaForConditionalGeneration:
     """What `to_llava` makes is to be saved: its rotary tables are on no device."""
     former = torch.get_default_dtype()
     torch.set_default_dtype(exported.dtype)
     try:
-        llava = LlavaForConditionalGeneration(exported.config)
+        with torch.device(device):  # a GPU draws billions of weights in a second
+            llava = LlavaForConditionalGeneration(exported.config)
     finally:
         torch.set_default_dtype(former)
     llava.load_state_dict(exported.state_dict(), assign=True)
     llava.tie_weights()
-    return llava.eval()
+    return llava.to(device).eval()

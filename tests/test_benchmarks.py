@@ -64,7 +64,7 @@ def test_all_sides_of_generation_answer_alike(
     monkeypatch.setattr(sys, "argv", ["generate.py", *options, "--flips", "3", "--suite"])
     generate.main()
     out = capsys.readouterr().out
-    assert "25 visual tokens: 32 questions about 1 images" in out
+    assert "25 visual tokens: 32 questions about each of 1 images" in out
     assert "against alone: 0 of 9 answers differ" in out
     assert "against transformers: 0 of 32 answers differ" in out
     assert "of 3 answers (" in out
