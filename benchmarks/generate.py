@@ -56,23 +56,24 @@ def main() -> None:
 
 
 def measure(shape: Shape, grid: int, device: torch.device, arguments: argparse.Namespace) -> Iterator[str]:
-    config, on_cpu = make_config(shape, grid), device.type == "cpu"
-    model = make_model(config, Precision.fp32 if on_cpu else Precision.bf16, device, arguments.batch)
+    on_cpu = device.type == "cpu"
+    config = make_config(shape, grid, on_cpu)
+    model = make_model(config, Precision.fp32 if on_cpu else Precision.bf16, device)
     requests = make_requests(shape, model, arguments.images)
     yield from compare(config, model, requests, arguments)
     if arguments.suite:
         yield from speed_of_suite(config, model, requests, shared)
     if on_cpu:  # on a GPU all was bf16
-        rounded = make_model(config, Precision.bf16, device, arguments.batch)
-        yield f"bf16: {flips(rounded, requests[: arguments.flips])}"
+        rounded = make_model(config, Precision.bf16, device)
+        yield f"bf16, shared against alone: {flips(rounded, requests, arguments.few)}"
 
 
 def compare(
     config: Config, model: LoadedModel, requests: list[Request], arguments: argparse.Namespace
 ) -> list[str]:
     found: dict[str, list[Answer]] = {}
-    few = requests[: arguments.alone]
-    stock = Stock(config, model, requests, STOCK_SIZE)
+    few = requests[: arguments.few]
+    stock = Stock(config, model, few, STOCK_SIZE)
     texts: list[str] = []
 
     def run_shared() -> None:
@@ -87,7 +88,7 @@ def compare(
     sides = {
         "shared": Side(run_shared, len(requests), [], []),
         "alone": Side(run_alone, len(few), [], []),
-        "transformers": Side(run_stock, len(requests), [], []),
+        "transformers": Side(run_stock, len(few), [], []),
     }
     shared(model, requests[:QUESTIONS]), alone(model, requests[:2]), stock.answer(1)  # warm
     for _ in range(arguments.pairs):
@@ -99,7 +100,7 @@ def compare(
             side.seconds.append(time.perf_counter() - began)
             side.cpu_seconds.append(time.process_time() - cpu_began)
     tokens = sum(answer.num_tokens for answer in found["shared"]) / len(requests)
-    lines = [f"answers of {tokens:.1f} tokens and one that ends them"]
+    lines = [f"answers of {tokens:.1f} tokens and one that ends them; up to {model.batch_size} at once"]
     rates = {name: [side.answered / seconds for seconds in side.seconds] for name, side in sides.items()}
     lines += [f"{name}: {_spread(rate, '.2f')} questions/s" for name, rate in rates.items()]
     for other in ("alone", "transformers"):
@@ -132,11 +133,10 @@ def alone(model: LoadedModel, requests: Sequence[Request]) -> list[Answer]:
     return [generator.answer([request], share=False)[0] for request in requests]
 
 
-def flips(model: LoadedModel, requests: Sequence[Request]) -> str:
+def flips(model: LoadedModel, requests: Sequence[Request], few: int | None) -> str:
     """How many answers sharing changes where it may: in bf16."""
-    together, apart = shared(model, requests), alone(model, requests)
-    changed = sum(a.text != b.text for a, b in zip(together, apart, strict=True))
-    return f"{changed} of {len(requests)} answers ({changed / len(requests):.1%}) differ, shared from alone"
+    answers = [answer.text for answer in alone(model, requests[:few])]
+    return differences(shared(model, requests), answers, is_exact=False)
 
 
 def differences(ours: Sequence[Answer], theirs: Sequence[str], is_exact: bool) -> str:
@@ -169,9 +169,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--images", type=int, default=4, help=f"each with {QUESTIONS} questions")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=32, help="questions that ours answers at once")
-    parser.add_argument("--alone", type=int, help="only so many questions one at a time; all")
-    parser.add_argument("--flips", type=int, help="only so many questions in bf16; all")
+    parser.add_argument("--few", type=int, help="only so many questions for all but the shared side; all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--suite", action="store_true", help="what it means for a whole suite")
     arguments = parser.parse_args()

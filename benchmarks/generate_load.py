@@ -6,7 +6,6 @@ Attention costs more, some 20 % of a prefill without sharing where Phi-4-mini ha
 width, the other products with its square. It costs both sides.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -85,9 +84,10 @@ SHAPES = {
 }
 
 
-def make_config(shape: Shape, grid: int, overrides: Sequence[str] = ()) -> Config:
+def make_config(shape: Shape, grid: int, on_cpu: bool) -> Config:
     choice, vision_shape = shape.grids[grid]
-    config = compose_config([*shape.overrides, choice, "recipe=llava", *overrides]).config
+    trainer = "trainer=cpu" if on_cpu else "trainer=auto"
+    config = compose_config([*shape.overrides, choice, trainer, "recipe=llava"]).config
     if shape.llm is not None:
         config = replace(config, llm=replace(config.llm, shape=shape.llm))
     if vision_shape is not None:
@@ -97,7 +97,7 @@ def make_config(shape: Shape, grid: int, overrides: Sequence[str] = ()) -> Confi
     return config
 
 
-def make_model(config: Config, precision: Precision, device: torch.device, batch_size: int) -> LoadedModel:
+def make_model(config: Config, precision: Precision, device: torch.device) -> LoadedModel:
     torch.manual_seed(0)
     with torch.device(device):  # a GPU draws billions of weights in a second
         mllm = build_mllm(config, {}, precision).eval()
@@ -109,6 +109,7 @@ def make_model(config: Config, precision: Precision, device: torch.device, batch
     processor = ImageProcessor(
         config.vision.image, mllm.vision.image_size, config.stage.evaluate.image_aspect_ratio
     )
+    batch_size = config.trainer.evaluate_batch_size
     return LoadedModel(mllm.to(device), tokenizer, chat, processor, batch_size, config.llm)
 
 
