@@ -1,9 +1,10 @@
 """A GQA-shaped load: some images, 32 questions about each, answers of a few tokens; all of it random.
 
 The tiny shape has Phi-4-mini's proportions where time goes: its head and its encoder cost the same share of
-an image's prefill (19 %, and 12 % with SigLIP2 or 9 % with CLIP), as many visual tokens, and texts as long.
-Attention costs more, some 20 % of a prefill without sharing where Phi-4-mini has 4 %: scores grow with the
-width, the other products with its square. It costs both sides.
+an image's prefill (19 %, and 14 % with SigLIP2 or 10 % with CLIP), as many visual tokens, and texts as long.
+Attention costs more: 10 to 12 % of a prefill's other products, where Phi-4-mini has 2 %. Scores grow with the
+width, the other products with its square. Sharing saves none of it for a question's tokens, so the ratios are
+rather too low.
 """
 
 from dataclasses import dataclass, replace
