@@ -130,7 +130,8 @@ def make_task(folder: Path, name: str, generator: np.random.Generator) -> Task:
         build=None,
     )
     code = {"_target_": f"morebench.evaluation.tasks.{CLASSES[name]}"}
-    return Task(label=name, data=place, code=code, max_new_tokens={profile.name: 5 for profile in Profile})
+    limits = {profile.name: 5 for profile in Profile}
+    return Task(label=name, data=place, code=code, max_new_tokens=limits, assumed=None)
 
 
 def make_finetuned(root: Path, **changes: Any) -> tuple[Config, Path]:

@@ -1,4 +1,4 @@
-"""The benchmarks of the train step run, and compare the same thing; how fast they are is no test."""
+"""The benchmarks run, and compare the same thing; how fast they are is no test."""
 
 import sys
 from dataclasses import replace
@@ -51,3 +51,32 @@ def test_step_at_true_shapes_starts(
     assert out.count("LLM forward ") == out.count(", backward ") == len(gpu_step.CASES)
     assert "relative error 0.0e+00, of gradients 0.0e+00" in out
     assert all("aten::mm" in (tmp_path / f"table.{name}.txt").read_text() for name in gpu_step.CASES)
+
+
+def test_all_sides_of_generation_answer_alike(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import generate
+    import generate_suite
+
+    options = ["--shape", "test", "--grid", "25", "--images", "1", "--pairs", "1", "--few", "9"]
+    monkeypatch.setattr(generate_suite, "REPEATS", 1)
+    monkeypatch.setattr(sys, "argv", ["generate.py", *options, "--suite"])
+    generate.main()
+    out = capsys.readouterr().out
+    assert "25 visual tokens: 32 questions about each of 1 images" in out
+    assert "against alone: 0 of 9 answers differ" in out
+    assert "against transformers: 0 of 9 answers differ" in out
+    assert "bf16, shared against alone: " in out
+    assert "LLaVA-MORE: 61,605 questions about 20,057 images take " in out
+
+
+def test_only_near_ties_may_change_an_answer() -> None:
+    import generate
+
+    ours = [generate.Answer(text, 1, 0, near_ties, True) for text, near_ties in (("a", 0), ("b", 1))]
+    told = generate.differences(ours, ["a", "c"], is_exact=True)
+    assert told == "1 of 2 answers differ, all after near ties (1)"
+    assert generate.differences(ours, ["b", "c"], is_exact=False) == "2 of 2 answers differ"
+    with pytest.raises(SystemExit, match="1 answers differ without a near tie, such as 'a', 'c'"):
+        generate.differences(ours, ["c", "c"], is_exact=True)

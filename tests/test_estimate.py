@@ -26,7 +26,7 @@ from morebench.matrix.machine import gpus_here, machine_of
 from morebench.matrix.once_each import OnceEach
 from morebench.matrix.plan import Plan, make_plan
 from morebench.matrix.prediction import write_prediction
-from morebench.models.flops import sample_flops, sizes
+from morebench.models.flops import llm_shape, sample_flops, sizes
 from morebench.models.memory import image_bytes, memory
 from morebench.models.room import BUSY_TOKENS, SHARE
 from morebench.show_costs import print_costs
@@ -151,6 +151,40 @@ def test_a_step_is_the_sum_of_its_samples(config: Config) -> None:
         model, 1000, 0, 500, trained
     )
     assert one(config, Step.finetune).flops == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_an_evaluate_step_reads_every_image_once(config: Config) -> None:
+    """GQA asks 12,578 questions about 398 images; here of 34 tokens, answered by three."""
+    task = config.suite.tasks["gqa"]
+    gqa = replace(config, suite=replace(config.suite, tasks={"gqa": task}))
+    model, shape = sizes(config), llm_shape(config)
+    head = 2 * shape["hidden_size"] * shape["vocab_size"]
+
+    def forward(tokens: int) -> float:
+        pairs = 2 * shape["num_hidden_layers"] * shape["num_attention_heads"] * shape["head_dim"] * tokens**2
+        return 2 * model.llm_body * tokens + pairs
+
+    image = model.vision_image + 729 * 2 * sum(model.projector)
+    read_again = (12_578 - 398) * (image + forward(729))
+    by_hand = 12_578 * (image + forward(729 + 34 + 2) + 3 * head) - read_again
+    cost = one(gqa, Step.evaluate)
+    assert cost.flops == pytest.approx(by_hand, rel=1e-9)
+    assert (cost.seconds or 0) * A100 * 0.25 == pytest.approx(by_hand, rel=1e-9)
+    keys_and_values = 32 * (729 + 4 * 34 + 3) * 2 * 2 * 42 * 8 * 256
+    weights = memory(config, 1, 0, 0, []).state
+    assert cost.memory == pytest.approx(weights + keys_and_values)
+    more = on(gqa, devices="4", evaluate_cache_gib=1.0)
+    assert (one(more, Step.evaluate).seconds or 0) == pytest.approx((cost.seconds or 0) / 4)
+    assert one(more, Step.evaluate).gpu_hours == pytest.approx(cost.gpu_hours)
+    assert (one(more, Step.evaluate).memory or 0) - (cost.memory or 0) == 2**30
+    recipe = replace(config.stage.evaluate, controls=["blind"])
+    twice = replace(gqa, stage=replace(config.stage, evaluate=recipe))
+    assert one(twice, Step.evaluate).flops == pytest.approx(2 * by_hand)
+    unknown = replace(task, assumed=None)
+    estimator = Estimator(())
+    changed = replace(config, suite=replace(config.suite, tasks={"gqa": task, "other": unknown}))
+    assert estimator.estimate("gemma2_9b", changed, Step.evaluate).flops is None
+    assert any("other: nothing is assumed of its questions" in note for note in estimator.notes)
 
 
 def test_cached_features_save_the_vision_encoder(config: Config) -> None:
@@ -286,6 +320,8 @@ def test_a_plan_is_readable_on_a_narrow_terminal(study: Plan) -> None:
     assert len(lines) == 1 + 4 * 23
     assert "To train: 46 of 46 runs. 706 EFLOP, " in rest
     assert " USD at 2 a GPU-hour." in rest
+    assert "\nTo evaluate: 23 of 23 runs. 5.15 EFLOP, " in rest
+    assert "61,605 questions about 20,057 images, of 69 text tokens and answers of 2.6 on average" in rest
     assert "558,128 samples of 25 text tokens (20 supervised) and an image" in rest
     assert "GPU: A100 64 GB (the study's)" in rest
 
@@ -298,6 +334,7 @@ def test_a_shared_run_stands_once(study: Plan) -> None:
     print_costs(replace(twice, runs=runs), out)
     assert out.getvalue().count("shared with a cell above") == 3
     assert "To train: 2 of 2 runs." in out.getvalue()
+    assert "To evaluate: 1 of 1 runs." in out.getvalue()
 
 
 def test_a_manifest_keeps_what_was_predicted_first(config: Config, tmp_path: Path) -> None:
@@ -310,7 +347,8 @@ def test_a_manifest_keeps_what_was_predicted_first(config: Config, tmp_path: Pat
     assert written["step"] == "pretrain"
     assert written["predicted"]["flops"] == one(config, Step.pretrain).flops
     assert written["predicted"]["seconds"] is None
-    assert ledger.read_json(tmp_path / "evaluate" / "manifest.json") == {"step": "evaluate"}
+    answered = ledger.read_json(tmp_path / "evaluate" / "manifest.json")["predicted"]
+    assert answered["flops"] == one(config, Step.evaluate).flops
     recipe = replace(config.stage.pretrain, max_steps=1)
     less = replace(config, stage=replace(config.stage, pretrain=recipe))
     write_prediction(tmp_path / "pretrain", less, Step.pretrain, "gemma2_9b")

@@ -16,7 +16,6 @@ from morebench.errors import ConfigError, DataError, FencedError, MorebenchError
 from morebench.evaluation.asking import ask
 from morebench.evaluation.chunks import plan_chunks
 from morebench.evaluation.generate import Answer, Generator, Request
-from morebench.evaluation.model import load_model
 from morebench.evaluation.predictions import PredictionsFile
 from morebench.evaluation.records import open_task
 from morebench.evaluation.run import evaluate

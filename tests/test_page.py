@@ -180,6 +180,9 @@ def test_predicted_stands_beside_measured(report: tuple[ReportFiles, str, Outlin
     for folder in (tmp_path / "runs").iterdir():
         if folder.name.endswith("finetune"):  # of an older version
             (folder / "manifest.json").write_text("{}")
+        if folder.name.endswith("evaluate"):
+            (folder / "manifest.json").write_text('{"predicted": {"flops": 2e15, "seconds": 6.15}}')
     told = write_report("digits", shared, columns(), tmp_path / "reports").paths[0].read_text()
     assert told.count("| pretrain |") == 1, "a shared run stands once"
     assert "| finetune |" not in told
+    assert told.count("| evaluate | 2 | -- | -- | 0.00171 | 0.00342 | 2.00 | -- | -- | -- |") == 4

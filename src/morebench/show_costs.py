@@ -1,7 +1,7 @@
 """How `plan` prints what runs will cost."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TextIO
 
 from rich.console import Console
@@ -65,31 +65,39 @@ def _numbers(cost: Estimate) -> str:
 
 
 def _sums(plan: Plan, costs: Mapping[str, Estimate]) -> list[str]:
-    todo = [costs[run.run_id] for run in plan.todo() if run.step is not Step.evaluate]
-    known = [cost for cost in todo if cost.flops is not None]
     lines = [
-        f"To train: {len(todo)} of {sum(run.step is not Step.evaluate for run in plan.runs.values())} runs."
+        *_sum(plan, costs, "To train", [step for step in CHAIN if step is not Step.evaluate]),
+        *_sum(plan, costs, "To evaluate", [Step.evaluate]),
     ]
-    if known:
-        hours = [cost.gpu_hours for cost in known if cost.gpu_hours is not None]
-        lines[0] += f" {_flops(sum(cost.flops or 0 for cost in known))}FLOP"
-        if hours:
-            lines[0] += f", {sum(hours):,.0f} GPU-hours{_price(plan, sum(hours))}."
-            one_by_one = sum(cost.seconds or 0 for cost in known)
-            lines.append(
-                f"One run after the other: {_hours(one_by_one)} h; all cells side by side: "
-                f"{_hours(_longest_chain(plan, costs))} h. Evaluation comes on top."
-            )
-        else:
-            lines[0] += "."
-    if unknown := len(todo) - len(known):
-        lines.append(f"{unknown} of them cannot be priced yet.")
+    one_by_one = sum(costs[run.run_id].seconds or 0 for run in plan.todo())
+    if one_by_one:
+        lines.append(
+            f"One run after the other: {_hours(one_by_one)} h; all cells side by side: "
+            f"{_hours(_longest_chain(plan, costs))} h."
+        )
     kept = sum(costs[run.run_id].kept or 0 for run in plan.todo())
     more = max((_while_running(costs[run.run_id]) for run in plan.todo()), default=0)
     lines.append(
         f"Disk: {_bytes(kept)} when all is done, and up to {_bytes(more)} more for each run that is training."
     )
     return lines
+
+
+def _sum(plan: Plan, costs: Mapping[str, Estimate], head: str, steps: Collection[Step]) -> Iterator[str]:
+    """Of all runs of some steps; nothing where there are none."""
+    number = sum(run.step in steps for run in plan.runs.values())
+    if not number:
+        return
+    todo = [costs[run.run_id] for run in plan.todo() if run.step in steps]
+    known = [cost for cost in todo if cost.flops is not None]
+    line = f"{head}: {len(todo)} of {number} runs."
+    if known:
+        line += f" {_flops(sum(cost.flops or 0 for cost in known))}FLOP"
+        hours = [cost.gpu_hours for cost in known if cost.gpu_hours is not None]
+        line += f", {sum(hours):,.0f} GPU-hours{_price(plan, sum(hours))}." if hours else "."
+    yield line
+    if unknown := len(todo) - len(known):
+        yield f"{unknown} of them cannot be priced{' yet' if Step.evaluate not in steps else ''}."
 
 
 def _too_large(plan: Plan, costs: Mapping[str, Estimate]) -> list[str]:

@@ -17,6 +17,7 @@ class Gpu:
     memory_gib: float  # that a process can use
     bf16_tflops: float  # peak of dense products, from the data sheet: what MFU divides by
     reached: float  # share of it that estimates expect of a train step
+    reached_answering: float  # and of an evaluate step, which waits for memory and kernel launches
 
 
 @cache

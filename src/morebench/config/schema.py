@@ -261,11 +261,21 @@ class TaskData:
 
 
 @dataclass(kw_only=True)
+class AssumedQuestions:
+    """What a task's questions are like, for estimates: only answers tell."""
+
+    images: int = bounded(1)  # different ones, in the whole task
+    text_tokens: int = bounded(1)  # of a prompt, chat format included
+    answer_tokens: int = bounded(1)  # of an answer, with the token that ends it
+
+
+@dataclass(kw_only=True)
 class Task:
     label: str = unidentified()
     data: TaskData
     code: dict[str, Any]  # recipe of a class in morebench.evaluation.tasks
     max_new_tokens: dict[str, int]  # by profile
+    assumed: AssumedQuestions | None = unidentified()  # `plan` prices by it; null: not at all
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from morebench.config.schema import Config, Features, Part, Precision, Step, TrainingData, TrainRecipe
 from morebench.data.checked import Manifest, Status, data_state
+from morebench.matrix.answering import answering, answering_memory, assumption, unpriced
 from morebench.matrix.fit import fit, proposal
 from morebench.matrix.lengths import Reading, reading
 from morebench.matrix.machine import Machine, gpus_here, machine_of
@@ -21,7 +22,8 @@ class Estimate:
 
     num_gpus: int
     flops: float | None = None  # useful ones, of the whole run
-    seconds: float | None = None  # of optimizer steps: not of starting, checking data, loading weights
+    # of optimizer steps or answers: not of starting, checking data, loading weights
+    seconds: float | None = None
     memory: float | None = None  # bytes on one rank
     recomputed: float = 0.0  # share of the LLM's blocks that are computed twice, for memory's sake
     kept: float | None = None  # bytes on disk when the run is done
@@ -63,7 +65,7 @@ class Estimator:
         machine = self.machine(config)
         self.notes.update(dict.fromkeys(machine.notes))
         if step is Step.evaluate:
-            return Estimate(machine.num_gpus, kept=(answers := _answers(config)), peak=answers)
+            return self._price_answers(config, machine)
         recipe = config.stage.pretrain if step is Step.pretrain else config.stage.finetune
         data = config.pretrain_data if step is Step.pretrain else config.finetune_data
         read = reading(llm, config, step, self._manifest(config, step))
@@ -77,6 +79,22 @@ class Estimator:
         if not read.is_counted:
             self.notes[_assumption(data)] = None
         return replace(_cost(config, recipe, read, machine), kept=kept, peak=peak)
+
+    def _price_answers(self, config: Config, machine: Machine) -> Estimate:
+        disk = _answers(config)
+        work = answering(config)
+        if work is None:
+            names = ", ".join(unpriced(config))
+            self.notes[f"{names}: nothing is assumed of its questions, so evaluation has no price"] = None
+            return Estimate(machine.num_gpus, kept=disk, peak=disk)
+        self.notes[assumption(config, work)] = None
+        found = Estimate(machine.num_gpus, work.flops, kept=disk, peak=disk)
+        if machine.gpu is None or config.stage.evaluate.precision is not Precision.bf16:
+            return found
+        speed = machine.gpu.bf16_tflops * 1e12 * machine.gpu.reached_answering
+        return replace(
+            found, seconds=work.flops / (machine.num_gpus * speed), memory=answering_memory(config)
+        )
 
     def _manifest(self, config: Config, step: Step) -> Manifest | None:
         data = config.pretrain_data if step is Step.pretrain else config.finetune_data

@@ -10,7 +10,7 @@ from morebench.matrix.estimate import Estimator
 def write_prediction(folder: Path, config: Config, step: Step, llm: str) -> None:
     """Into manifest.json, once, on the machine that the run starts on. llm: the choice."""
     manifest = ledger.read_json(folder / "manifest.json")
-    if step is Step.evaluate or "predicted" in manifest:
+    if "predicted" in manifest:
         return
     estimator = Estimator(is_planned=False)
     found = estimator.estimate(llm, config, step)

@@ -90,6 +90,30 @@ def total_flops(
     return body + attention + head + projector + model.vision_image * num_images
 
 
+@dataclass(frozen=True)
+class AnswerFlops:
+    prefill: float  # encoding images, reading prompts up to the first token of an answer
+    decode: float  # every further token of the answers
+
+
+def answer_flops(
+    model: Sizes, images: float, questions: float, text_tokens: float, answer_tokens: float
+) -> AnswerFlops:
+    """Of greedy answers, every image read once however many questions are about it.
+
+    `images` of all questions together; `text_tokens` of one prompt; `answer_tokens` with the one that ends an
+    answer.
+    """
+    visual = model.num_visual_tokens
+    seen = visual * max(1.0, images / questions)  # by a question's tokens; several images, several times that
+    body, head = 2 * model.llm_body, 2 * model.llm_width * model.vocab_size
+    pair = 4 * model.attention_width * model.llm_layers  # a token that attends to another
+    image = model.vision_image + visual * (2 * sum(model.projector) + body + pair * visual / 2)
+    prompt = text_tokens * (body + pair * (seen + text_tokens / 2)) + head
+    token = body + head + pair * (seen + text_tokens + (answer_tokens - 1) / 2)
+    return AnswerFlops(images * image + questions * prompt, questions * (answer_tokens - 1) * token)
+
+
 def llm_shape(config: Config) -> dict[str, Any]:
     """The LLM's shape, with every field that counting needs. Raises ConfigError for all that are missing."""
     shape = load_shape(config.llm.shape)

@@ -1,4 +1,4 @@
-"""Predicted against measured cost of the train steps, run by run."""
+"""Predicted against measured cost of the steps, run by run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def compared(table: Table) -> list[Compared]:
     """Of finished runs that were predicted or measured in something."""
     found: dict[str, Compared] = {}
     for row in table.rows:
-        for step in () if row.control else TRAIN_STEPS:
+        for step in () if row.control else (*TRAIN_STEPS, Step.evaluate.value):
             cost = row.result.costs.get(step)
             if cost is None:
                 continue
