@@ -78,7 +78,7 @@ class ChatFormat:
         self, sample: Sample, tokenizer: "Tokenizer", num_visual_tokens: int, max_length: int
     ) -> Encoded:
         """Training ids. Raises DataError if images would be left over or cut."""
-        segments, where = self._segments(sample), f"record id {sample.id!r}"
+        segments, where = self._segments(sample.turns), f"record id {sample.id!r}"
         return self._encode(segments, tokenizer, num_visual_tokens, len(sample.images), max_length, where)
 
     def count(
@@ -86,7 +86,7 @@ class ChatFormat:
     ) -> list[Counts | DataError]:
         """What `encode` would give or raise, counted, for many samples at once."""
         text = text_tokenizer(tokenizer)
-        pieces = [swallow_spaces(split_at_images(self._segments(one)), text.added) for one in samples]
+        pieces = [swallow_spaces(split_at_images(self._segments(one.turns)), text.added) for one in samples]
         found: list[Counts | DataError] = []
         for sample, sizes in zip(samples, text.count(pieces, self.control_ids(tokenizer)), strict=True):
             spans = [(num_visual_tokens if n is None else n, n is None, trained) for n, trained in sizes]
@@ -101,10 +101,16 @@ class ChatFormat:
 
     def encode_prompt(self, question: str, tokenizer: "Tokenizer", num_visual_tokens: int) -> Encoded:
         """The first ids of `encode` for a sample that opens with `question`, up to its answer."""
+        return self.encode_conversation([], question, tokenizer, num_visual_tokens)
+
+    def encode_conversation(
+        self, turns: Sequence[Turn], question: str, tokenizer: "Tokenizer", num_visual_tokens: int
+    ) -> Encoded:
+        """The same for a sample of these turns and then one that opens with `question`."""
         opening = takewhile(lambda segment: "{answer}" not in segment.text, self.turn)
-        segments = [*self.start, *self._fill(opening, Turn(question, ""))]
+        segments = [*self._segments(turns), *self._fill(opening, Turn(question, ""))]
         where = f"question {question[:60]!r}"
-        num_images = question.count(IMAGE_TOKEN)
+        num_images = sum(text.count(IMAGE_TOKEN) for text in (*(turn.question for turn in turns), question))
         return self._encode(segments, tokenizer, num_visual_tokens, num_images, None, where)
 
     def end_token_ids(self, tokenizer: "Tokenizer") -> list[int]:
@@ -141,9 +147,9 @@ class ChatFormat:
         if problems:
             raise ConfigError(join_problems(problems))
 
-    def _segments(self, sample: Sample) -> list[Segment]:
+    def _segments(self, turns: Sequence[Turn]) -> list[Segment]:
         segments = [*self.start]
-        for turn in sample.turns:
+        for turn in turns:
             segments += self._fill(self.turn, turn)
         return segments
 

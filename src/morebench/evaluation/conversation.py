@@ -1,0 +1,81 @@
+"""Turns that are asked one after the other about one image, in the layout that training has."""
+
+from collections.abc import Generator as Pieces
+from dataclasses import dataclass, field
+
+from morebench.data.records import IMAGE_TOKEN, Turn
+from morebench.errors import DataError
+from morebench.evaluation.generate import Answer, Generator, Request
+from morebench.evaluation.items import StoredImage
+from morebench.evaluation.model import LoadedModel
+
+DESCRIBE = "Describe this image."  # what the study's qualitative answers were given to
+
+
+@dataclass
+class Conversation:
+    """Another image is another conversation: no training sample shows one in a later turn."""
+
+    image: StoredImage | None
+    max_new_tokens: int
+    turns: list[Turn] = field(default_factory=list)
+    notice: str | None = None  # what there is to say about the last answer
+
+    def ask(self, model: LoadedModel, question: str) -> Pieces[str, None, None]:
+        """The answer in pieces; with the last one the turn becomes part of the conversation.
+
+        So does what was said until the iterator is closed. An empty answer leaves no turn behind: training
+        has none. Call inside `generation_attention`. Raises DataError for a question that cannot be asked or
+        has no room left, and NonFiniteError; the conversation is then as before.
+        """
+        self.notice = None
+        question = self._opened(question)
+        prompt = model.chat.encode_conversation(
+            self.turns, question, model.tokenizer, model.mllm.vision.num_visual_tokens
+        )
+        length, positions = len(prompt.input_ids), model.mllm.llm.config.max_position_embeddings
+        if (room := positions - length) < 1:
+            raise DataError(
+                f"With this question the conversation has {length} tokens; {model.llm.label} has {positions} "
+                "positions, of which an answer needs one or more. Start a new conversation."
+            )
+        images = () if self.image is None else (self.image,)
+        request = Request(prompt, images, min(self.max_new_tokens, room))
+        stream, said = Generator(model).stream(request), list[str]()
+        try:
+            while True:
+                said.append(next(stream))
+                yield said[-1]
+        except StopIteration as end:
+            self.notice = self._notice(end.value, room, model.llm.label)
+        except Exception:
+            said.clear()
+            raise
+        finally:  # also when closed, and at Ctrl-C
+            if text := "".join(said):
+                self.turns.append(Turn(question, text))
+
+    def _opened(self, question: str) -> str:
+        """The question as a record has it: with the image token in the first turn."""
+        question = question.strip()
+        if not question:
+            raise DataError("The question is empty.")
+        if IMAGE_TOKEN in question:
+            raise DataError(
+                f"{IMAGE_TOKEN} stands in the question. Leave it out: the image is put in front of the first "
+                "question."
+            )
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"Character {error.start} of the question is half a surrogate pair, no text."
+            ) from None
+        return question if self.image is None or self.turns else f"{IMAGE_TOKEN}\n{question}"
+
+    def _notice(self, answer: Answer, room: int, label: str) -> str | None:
+        if not answer.ended and answer.num_tokens >= room:
+            return f"cut: the conversation fills all positions that {label} has"
+        if not answer.ended:
+            return f"cut after max_new_tokens={self.max_new_tokens}"
+        return None if answer.text else "empty answer"
