@@ -71,11 +71,11 @@ def byte_tokenizer(family: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_mllm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> MLLM:
+def tiny_mllm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> MLLM:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = llm_config(llm_shape(family, len(tokenizer)))
+    config = llm_config(llm_shape(family, len(tokenizer)) | changes)
     llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=VARLEN)
     with torch.no_grad():  # less of the last token, more of what it attends to
         llm.get_input_embeddings().weight.mul_(0.1)

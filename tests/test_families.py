@@ -1,7 +1,5 @@
 """What makes each LLM family itself, against transformers' own model and against hand-worked numbers."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from factories_models import LLM_SHAPES, VOCABULARY, WIDTH, packed, tiny_mllm
@@ -10,11 +8,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from morebench.config.compose import compose_config, load_shape
 from morebench.data.batch import Batch
-from morebench.errors import ConfigError, DataError
+from morebench.errors import ConfigError
 from morebench.models.attention import VARLEN
 from morebench.models.llm import llm_config
 from morebench.models.mllm import MLLM
-from morebench.models.rope import check_answers, check_max_length, fixed_positions
+from morebench.models.rope import check_max_length, fixed_positions, rotation
 
 LENGTHS = (12, 9, 20)
 WITH_IMAGE = (True, False, True)
@@ -199,10 +197,15 @@ def test_lengths_beyond_the_limit_are_refused() -> None:
     check_max_length(phi, 4096, "stage.finetune.max_length")
     with pytest.raises(ConfigError, match=r"stage\.finetune\.max_length=4097, but .*embeddings=4096"):
         check_max_length(phi, 4097, "stage.finetune.max_length")
-    check_answers(phi, [4000, 4080], 16, "gqa")
-    with pytest.raises(DataError, match=r"task gqa: 1 of 2 prompts .* 4081 tokens.* 4096 positions"):
-        check_answers(phi, [4000, 4081], 16, "gqa")
-    check_answers(replace(phi, shape="llm/llama31_8b.json"), [100_000], 16, "gqa")
+
+
+def test_lengths_that_are_rotated_alike_have_one_number() -> None:
+    longrope = llm_config(load_shape("llm/phi4.json"))
+    assert [rotation(longrope, length) for length in (1, 4096, 4097, 9000)] == [0, 0, 1, 1]
+    dynamic = {"rope_type": "dynamic", "factor": 2.0}
+    growing = llm_config(LLM_SHAPES["llama"] | {"rope_scaling": dynamic})
+    assert [rotation(growing, length) for length in (1, 128, 129, 130)] == [0, 0, 129, 130]
+    assert rotation(llm_config(load_shape("llm/llama31_8b.json")), 100_000) == 0
 
 
 def test_the_experiments_lengths_are_within_the_limit() -> None:

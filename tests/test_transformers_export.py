@@ -19,7 +19,7 @@ from morebench.config.schema import Precision, Resolution
 from morebench.data.chat import Encoded
 from morebench.data.images import load_image
 from morebench.errors import ConfigError, RunError
-from morebench.evaluation.generate import Answer, generate, generation_attention
+from morebench.evaluation.generate import Answer, Generator, Request
 from morebench.evaluation.items import StoredImage
 from morebench.evaluation.model import load_model
 from morebench.models.transformers_export import export, with_mean_row
@@ -47,9 +47,10 @@ class Case:
 
     def visual(self, question: str) -> Tensor:
         """-> `[I, V, D]`"""
-        if "<image>" not in question:
-            return torch.zeros(0, 9, self.ours.mllm.llm.config.hidden_size)
-        return self.ours.encode([StoredImage("", self.image.name, lambda: load_image(self.image))])
+        return self.ours.encode(self.images(question))
+
+    def images(self, question: str) -> tuple[StoredImage, ...]:
+        return (StoredImage("", self.image.name, lambda: load_image(self.image)),) * question.count("<image>")
 
     def pixels(self) -> Tensor:
         """float32 [1, 3, S, S]: what our vision encoder gets."""
@@ -134,11 +135,10 @@ def test_the_logits_depend_on_the_image(case: Case) -> None:
 
 
 def ours_answers(case: Case, questions: list[str]) -> list[Answer]:
-    ends = case.ours.chat.end_token_ids(case.ours.tokenizer)
-    prompts = [case.prompt(question) for question in questions]
-    visual = [case.visual(question) for question in questions]
-    with generation_attention(case.ours.mllm.llm):
-        return generate(case.ours.mllm, case.ours.tokenizer, ends, prompts, visual, MAX_NEW_TOKENS)
+    requests = [
+        Request(case.prompt(question), case.images(question), MAX_NEW_TOKENS) for question in questions
+    ]
+    return Generator(case.ours).answer(requests)
 
 
 def theirs(case: Case, inputs: Any) -> list[str]:

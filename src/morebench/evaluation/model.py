@@ -1,6 +1,7 @@
 """A finished finetune run, loaded to answer questions."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from morebench.models.llm import load_tokenizer
 from morebench.models.mllm import MLLM
 from morebench.models.parts import build_mllm, load_part
 from morebench.models.weights import starting_weights
+
+# What encoding them takes does not grow with the number of questions.
+_IMAGES_AT_ONCE = 32
+_READERS = 8
+_GIB_ON_A_CPU = 2.0
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,33 @@ class LoadedModel:
         """-> visual tokens `[I, V, D]` on the model's device. Raises SampleError."""
         width = self.mllm.llm.config.hidden_size
         pieces = [torch.zeros(0, self.mllm.vision.num_visual_tokens, width, device=self.device)]
-        for start in range(0, len(images), self.batch_size):
-            chunk = images[start : start + self.batch_size]
-            pixels = torch.from_numpy(np.stack([self.processor(image.load()) for image in chunk]))
-            pieces.append(self.mllm.encode_images(pixels.to(self.device)))
+        with ThreadPoolExecutor(_READERS) as pool:  # the next ones are read while the device encodes
+            read = [
+                pool.map(self._pixels, images[start : start + _IMAGES_AT_ONCE])
+                for start in range(0, len(images), _IMAGES_AT_ONCE)
+            ]
+            for batch in read:
+                pixels = torch.from_numpy(np.stack(list(batch)))
+                pieces.append(self.mllm.encode_images(pixels.to(self.device)))
         return torch.cat(pieces)
+
+    def _pixels(self, image: StoredImage) -> np.ndarray:
+        return self.processor(image.load())
+
+    def cache_positions(self, gib: float | None) -> int:
+        """How much of the LLM's cache fits. None: half of what is free on a GPU, 2 GiB on a CPU.
+
+        The other half is for images and for what a pass over the LLM computes.
+        """
+        if gib is None:
+            on_gpu = self.device.type == "cuda"
+            gib = torch.cuda.mem_get_info(self.device)[0] / 2 / 2**30 if on_gpu else _GIB_ON_A_CPU
+        config = self.mllm.llm.config
+        num_key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # keys and values
+        bytes_each = 2 * config.num_hidden_layers * num_key_heads * head_dim * self.mllm.llm.dtype.itemsize
+        return int(gib * 2**30) // bytes_each
 
 
 def load_model(config: Config, parent: Path, device: torch.device) -> LoadedModel:

@@ -14,13 +14,12 @@ from morebench.config.compose import ROOT
 from morebench.config.schema import Config, Profile
 from morebench.data.chat import Encoded
 from morebench.evaluation.controls import blind, check_controls
-from morebench.evaluation.generate import Generator, Request, generation_attention, plan_chunks
+from morebench.evaluation.generate import Generator, Request, plan_chunks
 from morebench.evaluation.items import Item, OpenTask
 from morebench.evaluation.model import LoadedModel, load_model
 from morebench.evaluation.predictions import PredictionsFile, write_lines
 from morebench.evaluation.records import open_task
 from morebench.evaluation.scoring import score_items
-from morebench.models.rope import check_answers
 from morebench.progress import track
 from morebench.training.choices import threads_for
 from morebench.training.fence import Fence, unfenced
@@ -43,12 +42,11 @@ def evaluate(config: Config, folder: Path, parent: Path, fence: Fence = unfenced
         on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
         model = load_model(config, parent, torch.device("cuda" if on_gpu else "cpu"))
         results: dict[str | None, dict[str, Any]] = {None: {}, **{control: {} for control in recipe.controls}}
-        with generation_attention(model.mllm.llm):
-            for task in tasks:
-                for control, found in results.items():
-                    lines = _answer(model, task, control, folder, fence)
-                    fence()
-                    found[task.name] = _score(task, lines, recipe.profile, control, folder)
+        for task in tasks:
+            for control, found in results.items():
+                lines = _answer(model, task, control, folder, fence)
+                fence()
+                found[task.name] = _score(task, lines, recipe.profile, control, folder)
     seconds = time.monotonic() - started
     content = {
         "profile": recipe.profile.name,
@@ -68,7 +66,6 @@ def _answer(
 ) -> list[dict[str, Any]]:
     """Prediction lines of every item, in record order."""
     requests = [_request(model, task, item, control) for item in task.items]
-    check_answers(model.llm, [len(r.prompt.input_ids) for r in requests], task.max_new_tokens, task.name)
     hashes = {item.index: _prompt_hash(r.prompt) for item, r in zip(task.items, requests, strict=True)}
     with PredictionsFile(folder / "predictions" / _file(task.name, control), hashes) as file:
         # The chunks of an uninterrupted run, whatever is done already: so a resume computes the same bits.

@@ -1,12 +1,12 @@
 """How many positions an LLM has before its rotary frequencies depend on its neighbours."""
 
-from collections.abc import Sequence
+from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from morebench.config.compose import load_shape
 from morebench.config.schema import LLM
-from morebench.errors import ConfigError, DataError
+from morebench.errors import ConfigError
 from morebench.models.llm import llm_config
 
 
@@ -18,14 +18,18 @@ def fixed_positions(config: PretrainedConfig) -> int | None:
     would change the logits of every other in its pack, and an answer that crosses the limit would mix keys
     of both in its cache.
     """
-    rope = config.rope_parameters or {}
     limits = []
-    for part in [rope] if "rope_type" in rope else rope.values():  # some families differ by kind of layer
+    for part in _parts(config):
         if part["rope_type"] == "longrope":
             limits.append(part["original_max_position_embeddings"])
         elif part["rope_type"] == "dynamic":
             limits.append(config.max_position_embeddings)
     return min(limits, default=None)
+
+
+def _parts(config: PretrainedConfig) -> list[dict[str, Any]]:
+    rope = config.rope_parameters or {}
+    return [rope] if "rope_type" in rope else list(rope.values())  # some families differ by kind of layer
 
 
 def check_max_length(llm: LLM, max_length: int, key: str) -> None:
@@ -39,16 +43,23 @@ def check_max_length(llm: LLM, max_length: int, key: str) -> None:
         )
 
 
-def check_answers(llm: LLM, prompt_lengths: Sequence[int], max_new_tokens: int, task: str) -> None:
-    """Raises DataError if an answer could cross `fixed_positions`: it would depend on its batch."""
-    limit = fixed_positions(llm_config(load_shape(llm.shape)))
-    if limit is None:
-        return
-    crossing = [length for length in prompt_lengths if length + max_new_tokens > limit]
-    if crossing:
-        raise DataError(
-            f"task {task}: {len(crossing)} of {len(prompt_lengths)} prompts (the longest has {max(crossing)} "
-            f"tokens) and max_new_tokens={max_new_tokens} may exceed the {limit} positions within which "
-            f"{llm.label} answers an item alike in every batch. Shorten the prompts or lower "
-            f"suite.tasks.{task}.max_new_tokens."
-        )
+def rotation(config: PretrainedConfig, length: int) -> int:
+    """Which frequencies rotate a sequence of this length: equal numbers, equal frequencies.
+
+    A longer answer that gets another number must be computed anew from its first token: that is what the
+    families were trained for, and what transformers' Phi-3 does at the crossing.
+    """
+    limit = fixed_positions(config)
+    if limit is None or length <= limit:
+        return 0
+    kinds = {part["rope_type"] for part in _parts(config)}
+    return length if "dynamic" in kinds else 1
+
+
+def forget_rotation(llm: PreTrainedModel) -> None:
+    """Undo what longer sequences left behind: `dynamic` keeps the frequencies of the longest so far."""
+    for module in llm.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            rotary: Any = module
+            rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device)
+            rotary.max_seq_len_cached = rotary.original_max_seq_len
