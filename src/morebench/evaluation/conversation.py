@@ -25,8 +25,8 @@ class Conversation:
         """The answer in pieces; with the last one the turn becomes part of the conversation.
 
         So does what was said until the iterator is closed. An empty answer leaves no turn behind: training
-        has none. Call inside `generation_attention`. Raises DataError for a question that cannot be asked or
-        has no room left, and NonFiniteError; the conversation is then as before.
+        has none. Raises DataError for a question that cannot be asked or has no room left, and
+        NonFiniteError; the conversation is then as before.
         """
         self.notice = None
         question = self._opened(question)

@@ -11,7 +11,6 @@ import torch
 from morebench.config.schema import Config, Precision, Strategy, Trainer
 from morebench.errors import ConfigError, RunError
 from morebench.evaluation.conversation import Conversation
-from morebench.evaluation.generate import generation_attention
 from morebench.evaluation.model import LoadedModel, load_model
 from morebench.models.memory import state_per_rank
 from morebench.training.choices import threads_for
@@ -41,7 +40,7 @@ class Panel:
         member = self.members[number]
         with exact_arithmetic(threads_for(member.config.trainer)):
             model = self.load(number)
-            with generation_attention(model.mllm.llm), _room_for(f"{member.label}'s answer", self._device):
+            with _room_for(f"{member.label}'s answer", self._device):
                 yield from conversation.ask(model, question)
 
     def load(self, number: int) -> LoadedModel:
