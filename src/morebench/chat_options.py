@@ -131,7 +131,7 @@ def _contradictions(options: ChatOptions, given: Sequence[str]) -> Iterator[str]
 def _refused(override: Override) -> str:
     top = override.key.split(".")[0].split("/")[0]
     if top in {each.name for each in fields(Config)}:
-        return f"{override.text}: the run has it fixed. Free: {', '.join((*_OWN, *_FREE))}."
+        return f"{override.text}: the run has it fixed. Free: {', '.join(_FREE)}."
     near = difflib.get_close_matches(override.key, (*_OWN, *_FREE), n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join((*_OWN, *_FREE))}."
     return f"{override.text}: there is no {override.key}. {hint}"

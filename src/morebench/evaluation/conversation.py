@@ -3,6 +3,7 @@
 from collections.abc import Generator as Pieces
 from dataclasses import dataclass, field
 
+from morebench.data.chat import Encoded
 from morebench.data.records import IMAGE_TOKEN, Turn
 from morebench.errors import DataError
 from morebench.evaluation.generate import Answer, Generator, Request
@@ -29,10 +30,8 @@ class Conversation:
         NonFiniteError; the conversation is then as before.
         """
         self.notice = None
-        question = self._opened(question)
-        prompt = model.chat.encode_conversation(
-            self.turns, question, model.tokenizer, model.mllm.vision.num_visual_tokens
-        )
+        question = _checked(question)
+        prompt = self._prompt(model, question)
         length, positions = len(prompt.input_ids), model.mllm.llm.config.max_position_embeddings
         if (room := positions - length) < 1:
             raise DataError(
@@ -55,23 +54,14 @@ class Conversation:
             if text := "".join(said):
                 self.turns.append(Turn(question, text))
 
-    def _opened(self, question: str) -> str:
-        """The question as a record has it: with the image token in the first turn."""
-        question = question.strip()
-        if not question:
-            raise DataError("The question is empty.")
-        if IMAGE_TOKEN in question:
-            raise DataError(
-                f"{IMAGE_TOKEN} stands in the question. Leave it out: the image is put in front of the first "
-                "question."
-            )
-        try:
-            question.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"Character {error.start} of the question is half a surrogate pair, no text."
-            ) from None
-        return question if self.image is None or self.turns else f"{IMAGE_TOKEN}\n{question}"
+    def _prompt(self, model: LoadedModel, question: str) -> Encoded:
+        """As the record of this conversation: its image token stands in front of the first question."""
+        turns = [*self.turns, Turn(question, "")]
+        if self.image is not None:
+            turns[0] = Turn(f"{IMAGE_TOKEN}\n{turns[0].question}", turns[0].answer)
+        return model.chat.encode_conversation(
+            turns[:-1], turns[-1].question, model.tokenizer, model.mllm.vision.num_visual_tokens
+        )
 
     def _notice(self, answer: Answer, room: int, label: str) -> str | None:
         if not answer.ended and answer.num_tokens >= room:
@@ -79,3 +69,20 @@ class Conversation:
         if not answer.ended:
             return f"cut after max_new_tokens={self.max_new_tokens}"
         return None if answer.text else "empty answer"
+
+
+def _checked(question: str) -> str:
+    question = question.strip()
+    if not question:
+        raise DataError("The question is empty.")
+    if IMAGE_TOKEN in question:
+        raise DataError(
+            f"The question holds {IMAGE_TOKEN}. Leave it out: the image comes in front of the first question."
+        )
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"Character {error.start} of the question is half a surrogate pair, which is no text."
+        ) from None
+    return question
