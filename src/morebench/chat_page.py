@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +38,17 @@ class _Visit(Session):
                 chat.append({"role": "user", "content": question})
             answer = {"role": "assistant", "content": ""}
             chats[number].append(answer)
-            with closing(self.ask(number, question)) as pieces:
-                for piece in pieces:
-                    answer["content"] += piece
-                    yield "\n".join(notices), chats
-                    if self.is_stopped:
-                        break
-            if notice := self.conversations[number].notice:
+            try:
+                with closing(self.ask(number, question)) as pieces:
+                    for piece in pieces:
+                        answer["content"] += piece
+                        yield "\n".join(notices), chats
+                        if self.is_stopped:
+                            break
+                notice = self.conversations[number].notice
+            except MorebenchError as error:
+                notice = str(error)
+            if notice is not None:
                 notices.append(f"{label}: {notice}")
         yield "\n".join(notices), self._chats()
 
@@ -91,6 +96,7 @@ def launch(page: "gradio.Blocks", host: str, port: int) -> str:
             share=False,
             prevent_thread_lock=True,
             quiet=True,
+            show_error=True,
             footer_links=[],
             ssr_mode=False,
             theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
@@ -108,13 +114,14 @@ def build_page(panel: Panel, image: StoredImage | None, max_new_tokens: int, fol
     import gradio
 
     def ask(question: str, path: str | None, visit: _Visit | None) -> Iterator[tuple[Any, ...]]:
-        try:
-            if visit is None:
+        if visit is None:
+            try:
                 visit = _Visit(panel, image_file(Path(path)) if path else None, max_new_tokens)
-            for notice, chats in visit.asking(question):
-                yield "", visit, notice, *chats
-        except MorebenchError as error:
-            raise gradio.Error(str(error), duration=None) from error
+            except MorebenchError as error:
+                yield question, None, escape(str(error)), *[[] for _ in panel.members]
+                return
+        for notice, chats in visit.asking(question):
+            yield "", visit, escape(notice), *chats
 
     def stop(visit: _Visit | None) -> None:
         if visit is not None:
@@ -149,7 +156,7 @@ def build_page(panel: Panel, image: StoredImage | None, max_new_tokens: int, fol
                         )
                         for member in panel.members
                     ]
-                notice = gradio.Markdown("")
+                notice = gradio.HTML("")
                 question = gradio.Textbox(
                     placeholder=DESCRIBE, label="question", submit_btn=True, autofocus=True
                 )
@@ -168,5 +175,6 @@ def build_page(panel: Panel, image: StoredImage | None, max_new_tokens: int, fol
         stopping.click(stop, [visit], None, queue=False, api_name=False)
         outputs = [visit, notice, *chats]
         resetting.click(reset, None, outputs, api_name=False)
-        shown.change(reset, None, outputs, api_name=False)
+        for changes in (shown.change, *(chat.clear for chat in chats)):
+            changes(reset, None, outputs, api_name=False)
     return page

@@ -168,13 +168,13 @@ def _told(session: Session, number: int, question: str) -> Iterator[tuple[str, s
                 said += piece
                 yield piece.translate(_HARMLESS), None
         note = session.conversations[number].notice
-        style = "dim"
     except KeyboardInterrupt:
-        note, style = "stopped", "dim"
+        note = "stopped"
     except MorebenchError as error:
-        note, style = str(error), "red"
+        yield str(error), "red"
+        return
     if note is not None:
-        yield f"{' ' if said else ''}[{note}]", style
+        yield f"{' ' if said else ''}[{note}]", "dim"
 
 
 def _take_any_text() -> None:
