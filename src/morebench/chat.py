@@ -10,7 +10,7 @@ answer. Off a terminal: the answer to prompt; without one, to every line of the 
 without any line, to "Describe this image.". Nothing but answers is written to stdout.
 
 page=true: the same as a page for the browser, on this machine alone unless host says otherwise. It needs
-gradio: pip install 'morebench[page]'.
+gradio: .venv/bin/uv pip install -e '.[page]'.
 
 Answers are greedy and end after max_new_tokens=512. ID is a run below paths.runs, or its folder. The run's
 config says what the model is; free are paths, trainer (trainer=cpu) and stage.evaluate, e.g.

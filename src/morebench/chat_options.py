@@ -14,7 +14,7 @@ MOST_RUNS = 4
 _TEXTS = ("image", "prompt")  # as they are typed: a question has commas and quotation marks
 _OWN = ("run", "compare", *_TEXTS, "max_new_tokens", "page", "host", "port")
 _FREE = ("paths", "trainer", "stage.evaluate")  # of a run's config; the rest says what the model is
-_INSTALL = "pip install 'morebench[page]', or uv pip install -e '.[page]' in a checkout"
+_INSTALL = ".venv/bin/uv pip install -e '.[page]'"
 
 
 @dataclass

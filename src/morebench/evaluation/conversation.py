@@ -83,6 +83,7 @@ def _checked(question: str) -> str:
         question.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"Character {error.start} of the question is half a surrogate pair, which is no text."
+            f"Character {error.start} of the question is no text: a byte that is not UTF-8, or half a "
+            "surrogate pair."
         ) from None
     return question
