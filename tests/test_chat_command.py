@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from PIL import Image
 from morebench import chat, chat_terminal
 from morebench.chat_options import read_options
 from morebench.config.compose import compose_config, load_config
+from morebench.config.schema import Config, Step
 from morebench.data.records import IMAGE_TOKEN, Turn
-from morebench.errors import ConfigError, DataError
+from morebench.errors import ConfigError, DataError, NonFiniteError, RunError
 from morebench.evaluation.conversation import DESCRIBE, Conversation
 from morebench.evaluation.generate import Generator, Request
 from morebench.evaluation.items import StoredImage, image_file
@@ -24,6 +26,7 @@ from morebench.evaluation.model import LoadedModel
 from morebench.evaluation.panel import Member, Panel
 from morebench.matrix import ledger
 from morebench.matrix.imported import import_reference
+from morebench.matrix.parent import Parent
 
 CELL = ["recipe=digits", "suite=digits", "finetune_data=digits", "pretrain_data=digits", "trainer=cpu"]
 NUM_TOKENS = 6
@@ -94,6 +97,20 @@ def test_what_was_said_until_a_stop_stays(model: LoadedModel, image: StoredImage
     assert conversation.turns == [Turn(DESCRIBE, said)]
 
 
+def test_an_answer_that_failed_leaves_nothing_behind(
+    model: LoadedModel, image: StoredImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(generator: Generator, request: Request) -> Iterator[str]:
+        yield "half"
+        raise NonFiniteError("NaN")
+
+    monkeypatch.setattr(Generator, "stream", stream)
+    conversation = Conversation(image, NUM_TOKENS)
+    with pytest.raises(NonFiniteError):
+        list(conversation.ask(model, DESCRIBE))
+    assert conversation.turns == []
+
+
 def test_a_full_conversation_says_so_and_stays_as_it_was(model: LoadedModel, image: StoredImage) -> None:
     conversation = Conversation(image, 10**6)
     config = model.mllm.llm.config
@@ -127,6 +144,39 @@ def test_models_that_do_not_fit_together_are_loaded_one_at_a_time(panel: Panel, 
         ]
         assert answers[0] == answers[1]
         assert list(small._loaded) == [number]
+
+
+def test_what_a_gpu_holds(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = sum(
+        parameter.numel() for number in (0, 1) for parameter in panel.load(number).mllm.parameters()
+    )
+    for free, fits in ((8 * weights, True), (4 * weights, False)):  # fp32
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert Panel(panel.members, torch.device("cuda")).holds_all is fits
+    assert Panel(panel.members[:1], torch.device("cuda")).holds_all
+
+
+def test_a_device_that_is_too_small_is_told(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(conversation: Conversation, model: LoadedModel, question: str) -> Iterator[str]:
+        yield "half"
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Conversation, "ask", ask)
+    with pytest.raises(RunError, match="too small for llama's answer"):
+        list(panel.ask(0, Conversation(None, NUM_TOKENS), "What?"))
+
+
+def test_labels_say_in_what_runs_differ(panel: Panel) -> None:
+    configs = [member.config for member in panel.members]
+    parents = [Parent(name, Step.finetune, Path(), {}, configs[0]) for name in ("one", "two")]
+
+    def labels(*configs: Config) -> list[str]:
+        return chat._labels(list(zip(parents, configs, strict=True)))
+
+    assert labels(*configs) == ["LLaMA-tiny, CLIP-tiny", "Gemma-2-tiny, CLIP-tiny"]
+    other = replace(configs[0], seed=1)
+    assert labels(configs[0], other) == ["LLaMA-tiny, CLIP-tiny, seed 0", "LLaMA-tiny, CLIP-tiny, seed 1"]
+    assert labels(configs[0], configs[0])[1] == "LLaMA-tiny, CLIP-tiny, two"
 
 
 def run(root: Path, *arguments: str) -> int:

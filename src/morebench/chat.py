@@ -53,7 +53,7 @@ def command(arguments: Sequence[str]) -> int:
         return serve(panel, image, options.max_new_tokens, options.host, options.port)
     from morebench import chat_terminal
 
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
         return chat_terminal.talk(panel, image, options.prompt, options.max_new_tokens)
     return chat_terminal.answer(panel, image, options.prompt, options.max_new_tokens)
 

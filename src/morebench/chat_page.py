@@ -121,7 +121,7 @@ def build_page(panel: Panel, image: StoredImage | None, max_new_tokens: int, fol
                 yield question, None, escape(str(error)), *[[] for _ in panel.members]
                 return
         for notice, chats in visit.asking(question):
-            yield "", visit, escape(notice), *chats
+            yield "", visit, escape(notice).replace("\n", "<br>"), *chats
 
     def stop(visit: _Visit | None) -> None:
         if visit is not None:

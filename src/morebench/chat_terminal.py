@@ -80,7 +80,7 @@ def answer(panel: Panel, image: StoredImage | None, prompt: str | None, max_new_
 def _lines(image: StoredImage | None) -> Iterator[str]:
     num_questions = 0
     # on a terminal only the answer was redirected: nobody is asked to type
-    for line in () if sys.stdin.isatty() else sys.stdin:
+    for line in () if sys.stdin is None or sys.stdin.isatty() else sys.stdin:
         if line.strip():
             num_questions += not line.startswith("/")
             yield line.strip()
