@@ -11,10 +11,6 @@ from itertools import pairwise
 from morebench.data.chat import Encoded
 from morebench.evaluation.items import StoredImage
 
-# Attention compares every question of a group with every other and masks what is not its own. Beyond about
-# this many tokens that costs more than computing the prefix once more.
-_TOKENS_BESIDE_A_PREFIX = 1024
-
 
 @dataclass(frozen=True)
 class Request:
@@ -63,7 +59,7 @@ def plan_chunks(
     becomes as long as it may (a single group is never refused). A group lies in one chunk if it fits.
     The same requests ride together on any number of devices and after any resume.
     """
-    pieces = [piece for group in groups_of(requests) for piece in _pieces(requests, group, batch_size)]
+    pieces = [piece for group in groups_of(requests) for piece in _pieces(group, batch_size)]
     sizes = [most_positions(requests, piece) for piece in pieces]
     chunks: list[list[int]] = []
     num_groups = longest = 0
@@ -91,10 +87,9 @@ def most_positions(requests: Sequence[Request], group: Group) -> int:
     )
 
 
-def _pieces(requests: Sequence[Request], group: Group, batch_size: int) -> list[Group]:
+def _pieces(group: Group, batch_size: int) -> list[Group]:
     """The group, or equal parts of it."""
-    own = sum(len(requests[i].prompt.input_ids) - group.prefix_length for i in group.rows)
     num_rows = len(group.rows)
-    count = min(num_rows, max(-(-num_rows // batch_size), -(-own // _TOKENS_BESIDE_A_PREFIX)))
+    count = -(-num_rows // batch_size)
     borders = [n * num_rows // count for n in range(count + 1)]
     return [Group(group.rows[start:end], group.prefix_length) for start, end in pairwise(borders)]

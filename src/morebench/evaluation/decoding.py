@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from morebench.errors import NonFiniteError
+from morebench.evaluation.cached_attention import CachedAttention
 from morebench.evaluation.chunks import Group, Request
 from morebench.evaluation.shared_cache import PREFIX, NewTokens, SharedCache
 from morebench.models.attention import VARLEN
@@ -179,7 +180,7 @@ class Decoding:
             np.repeat([piece.row for piece in pieces], lengths),
             position_T,
         )
-        attend = self._cache.attend_for(new, device)
+        attend = CachedAttention(self._cache, new, device)
         with _packed(llm):
             hidden_TD: Tensor = llm.base_model(
                 inputs_embeds=embeds_TD[None],
