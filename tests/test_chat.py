@@ -82,12 +82,17 @@ def ask(question: str, *rest: str) -> Sample:
 @settings(max_examples=30, deadline=None)
 def test_the_prompt_is_how_the_training_ids_begin(stem: str, sample: Sample):
     whole = encode(stem, sample)
-    prompt = chat_format(stem).encode_prompt(sample.turns[0].question, tokenizer_for(stem), V)
-    size = len(prompt.input_ids)
-    np.testing.assert_array_equal(prompt.input_ids, whole.input_ids[:size])
-    np.testing.assert_array_equal(prompt.visual_mask, whole.visual_mask[:size])
-    assert not prompt.supervised.any()
-    assert whole.supervised[size]  # and not one token earlier: the answer, or its end mark, comes next
+    for at, turn in enumerate(sample.turns):
+        before = sample.turns[:at]
+        prompt = chat_format(stem).encode_conversation(before, turn.question, tokenizer_for(stem), V)
+        size = len(prompt.input_ids)
+        np.testing.assert_array_equal(prompt.input_ids, whole.input_ids[:size])
+        np.testing.assert_array_equal(prompt.visual_mask, whole.visual_mask[:size])
+        assert prompt.supervised.any() == (at > 0)
+        assert whole.supervised[size]  # and not one token earlier: the answer, or its end mark, comes next
+        if at == 0:
+            opening = chat_format(stem).encode_prompt(turn.question, tokenizer_for(stem), V)
+            np.testing.assert_array_equal(opening.input_ids, prompt.input_ids)
 
 
 @pytest.mark.parametrize("stem", DIFFERENT_FORMATS)

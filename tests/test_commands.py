@@ -297,7 +297,7 @@ def test_a_users_mistake_is_one_error_and_exit_code_2(
 
 
 def test_every_verb_explains_itself() -> None:
-    for verb in ("train", "plan", "status", "report", "evaluate", "track", "convert"):
+    for verb in ("train", "plan", "status", "report", "evaluate", "track", "convert", "chat"):
         done = run(verb, "--help", root=Path.cwd())
         assert done.returncode == 0
         assert "python -m morebench" in done.stdout

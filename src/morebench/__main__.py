@@ -6,7 +6,7 @@ import sys
 
 from morebench.errors import EXIT_USER
 
-VERBS = ("train", "plan", "status", "check", "evaluate", "report", "convert", "track", "data")
+VERBS = ("train", "plan", "status", "check", "evaluate", "report", "convert", "chat", "track", "data")
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ class ChatFormat:
         self, sample: Sample, tokenizer: "Tokenizer", num_visual_tokens: int, max_length: int
     ) -> Encoded:
         """Training ids. Raises DataError if images would be left over or cut."""
-        segments, where = self._segments(sample), f"record id {sample.id!r}"
+        segments, where = self._segments(sample.turns), f"record id {sample.id!r}"
         return self._encode(segments, tokenizer, num_visual_tokens, len(sample.images), max_length, where)
 
     def count(
@@ -86,7 +86,7 @@ class ChatFormat:
     ) -> list[Counts | DataError]:
         """What `encode` would give or raise, counted, for many samples at once."""
         text = text_tokenizer(tokenizer)
-        pieces = [swallow_spaces(split_at_images(self._segments(one)), text.added) for one in samples]
+        pieces = [swallow_spaces(split_at_images(self._segments(one.turns)), text.added) for one in samples]
         found: list[Counts | DataError] = []
         for sample, sizes in zip(samples, text.count(pieces, self.control_ids(tokenizer)), strict=True):
             spans = [(num_visual_tokens if n is None else n, n is None, trained) for n, trained in sizes]
@@ -107,11 +107,22 @@ class ChatFormat:
         `as_written`: a single image keeps its place in the question, as in the study's evaluation. No
         difference for a question that is the image, a newline and a text without white space around it.
         """
-        opening = takewhile(lambda segment: "{answer}" not in segment.text, self.turn)
         asked = question if as_written else _place_image(question)
-        segments = [*self.start, *self._fill(opening, Turn(asked, ""))]
-        where = f"question {question[:60]!r}"
-        num_images = question.count(IMAGE_TOKEN)
+        return self._encode_open([], asked, tokenizer, num_visual_tokens)
+
+    def encode_conversation(
+        self, turns: Sequence[Turn], question: str, tokenizer: "Tokenizer", num_visual_tokens: int
+    ) -> Encoded:
+        """The first ids of `encode` for a sample of these turns and then one that opens with `question`."""
+        return self._encode_open(turns, _place_image(question), tokenizer, num_visual_tokens)
+
+    def _encode_open(
+        self, turns: Sequence[Turn], asked: str, tokenizer: "Tokenizer", num_visual_tokens: int
+    ) -> Encoded:
+        opening = takewhile(lambda segment: "{answer}" not in segment.text, self.turn)
+        segments = [*self._segments(turns), *self._fill(opening, Turn(asked, ""))]
+        where = f"question {asked[:60]!r}"
+        num_images = sum(text.count(IMAGE_TOKEN) for text in (*(turn.question for turn in turns), asked))
         return self._encode(segments, tokenizer, num_visual_tokens, num_images, None, where)
 
     def end_token_ids(self, tokenizer: "Tokenizer") -> list[int]:
@@ -148,9 +159,9 @@ class ChatFormat:
         if problems:
             raise ConfigError(join_problems(problems))
 
-    def _segments(self, sample: Sample) -> list[Segment]:
+    def _segments(self, turns: Sequence[Turn]) -> list[Segment]:
         segments = [*self.start]
-        for turn in sample.turns:
+        for turn in turns:
             segments += self._fill(self.turn, Turn(_place_image(turn.question), turn.answer))
         return segments
 

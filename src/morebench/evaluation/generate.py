@@ -1,5 +1,6 @@
 """Greedy answers, many at once, that do not depend on which questions were answered beside them."""
 
+from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,15 +61,19 @@ class Generator:
         half = len(requests) // 2
         return [answer for part in (requests[:half], requests[half:]) for answer in self.answer(part, share)]
 
-    def stream(self, request: Request) -> Iterator[str]:
-        """The answer's text in pieces, as they come; together they are `answer`'s text."""
+    def stream(self, request: Request) -> Pieces[str, None, Answer]:
+        """The answer's text in pieces, as they come; in the end the answer as `answer` gives it."""
         row, shown = Row(request), ""
         for _ in self._decoding([row], share=True, visual=self._encode([request])).steps():
             text = self._text(row)
             if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character
-                yield text[len(shown) :]
+                if text != shown:
+                    yield text[len(shown) :]
                 shown = text
-        yield self._text(row)[len(shown) :]
+        (answer,) = self._answers([row])
+        if rest := answer.text[len(shown) :]:
+            yield rest
+        return answer
 
     def _answer(self, requests: Sequence[Request], share: bool) -> list[Answer]:
         visual = self._encode(requests)
@@ -76,6 +81,9 @@ class Generator:
         for batch in self._batches(rows) if share else [[row] for row in rows]:
             for _ in self._decoding(batch, share, visual).steps():
                 pass
+        return self._answers(rows)
+
+    def _answers(self, rows: Sequence[Row]) -> list[Answer]:
         texts = self._model.tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
         size = len(self._model.tokenizer)
         return [

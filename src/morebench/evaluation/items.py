@@ -1,10 +1,14 @@
 """What a task asks: its items, and images that are read when they are needed. No torch."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
+from morebench.data.findings import SampleError
+from morebench.data.images import decode_image, read_image
 from morebench.evaluation.tasks.benchmark import Benchmark, Question, Record
 
 
@@ -65,3 +69,13 @@ class OpenTask:
     items: Sequence[Item]
     max_new_tokens: int
     source: TaskSource
+
+
+def image_file(path: Path) -> StoredImage:
+    """A file of the user's own, read and decoded now. Raises SampleError."""
+    try:
+        content = read_image(path)
+        image = decode_image(content)
+    except SampleError as error:
+        raise SampleError(error.kind, f"{path}: {error.reason}") from None
+    return StoredImage(hashlib.sha256(content).hexdigest(), str(path), lambda: image)
