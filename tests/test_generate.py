@@ -34,7 +34,8 @@ NUM_QUESTIONS = 24
 # Rotated otherwise beyond a length that some prompts have, that some answers cross and some never reach.
 LIMITS = {"longrope": 60, "dynamic": 45}
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 6.0]}
-ROTATED: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, dict[str, Any]] = {
+    "phi3": {"sliding_window": 12},  # without a soft-cap
     "longrope": {"rope_scaling": LONGROPE, "original_max_position_embeddings": LIMITS["longrope"]},
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}}
     | {"max_position_embeddings": LIMITS["dynamic"]},
@@ -73,7 +74,7 @@ def llama() -> Case:
 def make_model(kind: str) -> Asked:
     family = {"longrope": "phi3", "dynamic": "gemma2"}.get(kind, kind)
     tokenizer = byte_tokenizer(family)
-    mllm = tiny_mllm(family, tokenizer, **ROTATED.get(kind, {}))
+    mllm = tiny_mllm(family, tokenizer, **CHANGES.get(kind, {}))
     processing = ImageProcessing(
         resize=Resize.squash,
         resize_to=24,

@@ -45,9 +45,8 @@ class CachedAttention:
             keys = np.stack([cache.row_PS[self._part], cache.position_PS[self._part]])
         num_lines, num_queries = keys.shape[1], int(rank_in(lines).max()) + 1
         self._shape = num_lines, num_queries
-        # Equally long lines of one row each and nothing before them: plain causal attention.
-        one_row = ((np.diff(new.rows) == 0) | (np.diff(lines) != 0)).all()
-        self._plain = bool(fresh and one_row and len(lines) == num_lines * num_queries)
+        # Equally long lines with nothing before them: of one prefix or row each, so plain causal attention.
+        self._plain = bool(fresh and len(lines) == num_lines * num_queries)
         place_T = lines * num_queries + rank_in(lines)
         token_LQ = np.zeros(num_lines * num_queries, dtype=np.int64)
         token_LQ[place_T] = np.arange(len(place_T))
