@@ -176,6 +176,6 @@ def test_replaying_published_outputs(
     code = evaluate.command([f"outputs={path}", "task=gqa", "profile=paper", *overrides])
     out = capsys.readouterr().out
     assert code == int(changed)
-    assert f"{num_rows} items have a published score; {int(changed)} differ from ours" in out
+    assert f"{num_rows} published scores of items compared, {int(changed)} differ from ours" in out
     assert ("exact_match" in out, "differs" in out) == (True, changed)
     assert "asked in other words" not in out

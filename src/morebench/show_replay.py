@@ -38,7 +38,7 @@ def show_replay(outputs: Path, task: str, overrides: Sequence[str]) -> int:
 def _print_items(found: Replayed) -> None:
     if found.num_scores:
         compared = found.num_scores - found.num_guesses
-        print(f"{compared} items have a published score; {len(found.differences)} differ from ours.")
+        print(f"{compared} published scores of items compared, {len(found.differences)} differ from ours.")
     else:
         print("No item has a published score: only the metrics can be compared.")
     for line in found.differences[:_SHOWN]:
