@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from factories_reference import Published
@@ -71,23 +73,44 @@ def image(root: Path) -> StoredImage:
 
 def alone(model: LoadedModel, turns: list[Turn], question: str, images: tuple[StoredImage, ...]) -> str:
     """What one request answers, in the layout of a record."""
+    return Generator(model).answer([request_of(model, turns, question, images)])[0].text
+
+
+def request_of(
+    model: LoadedModel, turns: list[Turn], question: str, images: tuple[StoredImage, ...]
+) -> Request:
     prompt = model.chat.encode_conversation(
         turns, question, model.tokenizer, model.mllm.vision.num_visual_tokens
     )
-    return Generator(model).answer([Request(prompt, images, NUM_TOKENS)])[0].text
+    return Request(prompt, images, NUM_TOKENS)
 
 
-def test_an_answer_is_what_a_record_of_the_same_turns_is_answered(
-    model: LoadedModel, image: StoredImage
+def test_a_conversation_is_asked_as_the_record_of_its_turns(
+    model: LoadedModel, image: StoredImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    conversation = Conversation(image, NUM_TOKENS)
-    first = Turn(f"{IMAGE_TOKEN}\n{DESCRIBE}", "".join(conversation.ask(model, DESCRIBE)))
-    assert first.answer == alone(model, [], first.question, (image,))
+    asked: list[Request] = []
+    stream = Generator.stream
+
+    def heard(generator: Generator, request: Request) -> Any:
+        asked.append(request)
+        return stream(generator, request)
+
+    monkeypatch.setattr(Generator, "stream", heard)
+    conversation, first = Conversation(image, NUM_TOKENS), f"{IMAGE_TOKEN}\n{DESCRIBE}"
+    answers = ["".join(conversation.ask(model, question)) for question in (DESCRIBE, "  Why?\n")]
+    assert answers[0] == alone(model, [], first, (image,))
+    assert conversation.turns == [Turn(DESCRIBE, answers[0]), Turn("Why?", answers[1])]
     assert conversation.notice == f"cut after {SHORT}"
-    second = "".join(conversation.ask(model, "  Why?\n"))
-    assert second == alone(model, [first], "Why?", (image,))
-    assert conversation.turns == [Turn(DESCRIBE, first.answer), Turn("Why?", second)]
-    assert "".join(Conversation(None, NUM_TOKENS).ask(model, "Why?")) == alone(model, [], "Why?", ())
+    "".join(Conversation(None, NUM_TOKENS).ask(model, "Why?"))
+    expected = [
+        request_of(model, [], first, (image,)),
+        request_of(model, [Turn(first, answers[0])], "Why?", (image,)),
+        request_of(model, [], "Why?", ()),
+    ]
+    for found, wanted in zip(asked, expected, strict=True):
+        np.testing.assert_array_equal(found.prompt.input_ids, wanted.prompt.input_ids)
+        np.testing.assert_array_equal(found.prompt.visual_mask, wanted.prompt.visual_mask)
+        assert (found.images, found.max_new_tokens) == (wanted.images, wanted.max_new_tokens)
 
 
 def test_what_was_said_until_a_stop_stays(model: LoadedModel, image: StoredImage) -> None:
@@ -111,14 +134,25 @@ def test_an_answer_that_failed_leaves_nothing_behind(
     assert conversation.turns == []
 
 
-def test_a_full_conversation_says_so_and_stays_as_it_was(model: LoadedModel, image: StoredImage) -> None:
-    conversation = Conversation(image, 10**6)
+def test_a_full_conversation_says_so_and_stays_as_it_was(
+    model: LoadedModel, image: StoredImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    stream = Generator.stream
+
+    def heard(generator: Generator, request: Request) -> Any:
+        asked.append(request.max_new_tokens)
+        return stream(generator, request)
+
+    monkeypatch.setattr(Generator, "stream", heard)
+    conversation = Conversation(image, 40)
     config = model.mllm.llm.config
     before = len(model.prompt(f"{IMAGE_TOKEN}\n{DESCRIBE}").input_ids)
     positions, config.max_position_embeddings = config.max_position_embeddings, before + 3
     try:
         list(conversation.ask(model, DESCRIBE))
         turns = list(conversation.turns)
+        assert asked == [3]
         assert "fills all positions" in str(conversation.notice)
         with pytest.raises(DataError, match=rf"tokens; .* has {before + 3} positions"):
             list(conversation.ask(model, "And?"))
