@@ -35,6 +35,7 @@ class SumStatistic:
     sums_of: np.ndarray  # [N, K]: what is summed, a row per item
     of_sums: Callable[[np.ndarray], np.ndarray]  # sums [R, K] -> values [R]
     best: float = 1.0  # the value when every item is right
+    strata: Sequence[str] | None = None  # of the items; a resample draws as many images of each as there are
 
     def value(self, chosen: Sequence[int] | None = None) -> float:
         rows_NK = self.sums_of if chosen is None else self.sums_of[list(chosen)]
@@ -110,7 +111,9 @@ def pair_points(items: Sequence[Scored], categories: Sequence[str]) -> SumStatis
     def total(sums: np.ndarray) -> np.ndarray:
         return (sums[:, ::2] / np.maximum(sums[:, 1::2], 1.0)).sum(axis=1)
 
-    return SumStatistic(columns_NK, total, best=200.0 * len(categories))
+    # A category that a resample lacked would count as 0 points: the sum would be too low on average.
+    strata = [item.record["category"] for item in items]
+    return SumStatistic(columns_NK, total, best=200.0 * len(categories), strata=strata)
 
 
 def sums_interval(
@@ -128,7 +131,7 @@ def sums_interval(
     np.add.at(sums_UK, units_N, statistic.sums_of)
     chunks = (
         np.stack([np.bincount(drawn, minlength=num_units) for drawn in chunk]) @ sums_UK
-        for chunk in _draws(num_units, resamples, seed)
+        for chunk in _draws(_strata(statistic.strata, units_N), resamples, seed)
     )
     values_R = np.concatenate([statistic.of_sums(chunk) for chunk in chunks])
     return _percentiles(values_R)
@@ -156,7 +159,7 @@ def aggregate_intervals(
         return copies[unit, number]
 
     values: dict[str, list[float]] = {}
-    for chunk in _draws(len(members), resamples, seed):
+    for chunk in _draws([np.arange(len(members))], resamples, seed):
         for drawn in chunk.tolist():
             times: dict[int, int] = {}
             resample: list[Scored] = []
@@ -246,9 +249,22 @@ def _unit_numbers(images: Sequence[str]) -> np.ndarray:
     return np.array([seen.setdefault(image, len(seen)) for image in images], dtype=np.int64)
 
 
-def _draws(num_units: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """All resamples, in chunks [r, num_units] of drawn unit numbers."""
+def _strata(strata: Sequence[str] | None, units_N: np.ndarray) -> list[np.ndarray]:
+    """Unit numbers of each stratum."""
+    if strata is None:
+        return [np.arange(int(units_N.max()) + 1)]
+    of_unit = dict(zip(units_N.tolist(), strata, strict=True))
+    return [
+        np.array([unit for unit, own in of_unit.items() if own == stratum])
+        for stratum in dict.fromkeys(strata)
+    ]
+
+
+def _draws(strata: Sequence[np.ndarray], resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """All resamples, in chunks [r, units] of drawn unit numbers."""
     generator = np.random.default_rng(seed)
-    rows = max(1, CHUNK // num_units)
+    rows = max(1, CHUNK // sum(map(len, strata)))
     for start in range(0, resamples, rows):
-        yield generator.integers(0, num_units, size=(min(rows, resamples - start), num_units))
+        num = min(rows, resamples - start)
+        drawn = [units[generator.integers(0, len(units), size=(num, len(units)))] for units in strata]
+        yield np.concatenate(drawn, axis=1)
