@@ -118,8 +118,10 @@ def published_score(found: Any, profile: Profile) -> float | None:
         parsed, is_choice = found["parsed_pred"], found.get("question_type") == "multiple-choice"
         if isinstance(parsed, list) and len(parsed) == 1 and (is_choice or isinstance(parsed[0], list)):
             parsed = parsed[0]
-        answer = str(found["answer"])
-        return float(parsed == answer if is_choice else matches_open(list(parsed), answer))
+        if is_choice:
+            return float(parsed == str(found["answer"]))
+        answers = found["answer"] if isinstance(found["answer"], list) else [found["answer"]]
+        return float(matches_open(list(parsed), [str(answer) for answer in answers]))
     return None
 
 

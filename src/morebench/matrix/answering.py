@@ -50,15 +50,17 @@ def answering(config: Config) -> Answering | None:
     return Answering(*(times * sum(column) for column in zip(*map(astuple, found), strict=True)))
 
 
-def answering_memory(config: Config) -> float:
-    """Bytes on one device: weights in bf16, keys and values of one batch, the cache that was asked for."""
+def answering_memory(config: Config, device_bytes: float) -> float:
+    """Bytes on one device: weights in bf16, and keys and values of one batch as far as the cache has room."""
     shape, trainer = llm_shape(config), config.trainer
     per_token = 2 * _BYTES * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim(shape)
     assumed = [task.assumed for task in config.suite.tasks.values() if task.assumed is not None]
     text = max(_LONGEST * one.text_tokens + one.answer_tokens for one in assumed)
     batch = trainer.evaluate_batch_size * (sizes(config).num_visual_tokens + text) * per_token
     weights = state_per_rank(config, (), Strategy.auto, 1)
-    return weights + batch + (trainer.evaluate_cache_gib or 0) * 2**30
+    gib = trainer.evaluate_cache_gib
+    cache = max(0.0, device_bytes - weights) / 2 if gib is None else gib * 2**30  # as LoadedModel has it
+    return weights + min(batch, cache)
 
 
 def assumption(config: Config, work: Answering) -> str:

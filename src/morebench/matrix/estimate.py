@@ -92,9 +92,8 @@ class Estimator:
         if machine.gpu is None or config.stage.evaluate.precision is not Precision.bf16:
             return found
         speed = machine.gpu.bf16_tflops * 1e12 * machine.gpu.reached_answering
-        return replace(
-            found, seconds=work.flops / (machine.num_gpus * speed), memory=answering_memory(config)
-        )
+        memory = answering_memory(config, machine.gpu.memory_gib * 2**30)
+        return replace(found, seconds=work.flops / (machine.num_gpus * speed), memory=memory)
 
     def _manifest(self, config: Config, step: Step) -> Manifest | None:
         data = config.pretrain_data if step is Step.pretrain else config.finetune_data
