@@ -49,7 +49,7 @@ def results(root: Path) -> dict[str, object]:
     found: dict[str, Any] = json.loads(path.read_text())
     for tasks in (found["tasks"], *found["controls"].values()):
         for task in tasks.values():
-            del task["seconds"], task["questions_per_s"]
+            del task["seconds"], task["questions_per_s"], task["source"]["folder"]
     del found["seconds"]
     return found
 
