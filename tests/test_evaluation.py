@@ -177,6 +177,9 @@ def test_odd_characters_in_an_answer_do_not_end_its_line(tmp_path: Path) -> None
         short.write_bytes(path.read_bytes()[:-cut])
         assert PredictionsFile(short, asked).lines in ({}, {0: line})
     assert PredictionsFile(path, asked).finish() == [line]
+    for other in ("7", "[]", '{"id": 0}'):
+        (tmp_path / "predictions" / "short.jsonl").write_text(f"{path.read_text()}{other}\n")
+        assert PredictionsFile(tmp_path / "predictions" / "short.jsonl", asked).lines == {0: line}
 
 
 @pytest.mark.parametrize("stale", ["prompt_sha256", "images_sha256"])

@@ -137,6 +137,7 @@ def test_replies_are_kept_and_nothing_is_asked_twice(serve: Serve, tmp_path: Pat
     rows = question(1, "it is that one", "B")
     first = judged(stub.url, rows, path)
     stub.server.shutdown()
+    path.write_text('{"key": "cut sh\n' + path.read_text())  # a damaged line costs no other
     assert judged("http://127.0.0.1:9/v1", rows, path) == first
     assert len(stub.prompts) == 1
     assert KEY not in path.read_text()

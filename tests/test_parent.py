@@ -24,6 +24,7 @@ from morebench.matrix.ledger import State
 from morebench.matrix.parent import find_run
 from morebench.matrix.plan import Plan, make_plan
 from morebench.matrix.step import execute, prepare_run
+from morebench.prepare import prepare
 from morebench.show import print_plan
 
 PARTS = ["llm=llama_tiny", "vision=clip_tiny"]
@@ -86,6 +87,19 @@ def test_an_imported_run_is_evaluated(root: Path, finetuned: Path) -> None:
     assert json.loads((folder / "parents.json").read_text()) == {"finetune": finetuned.name}
     longer = compose_config(overrides(root, "stage=evaluate", f"parent={finetuned.name}"))
     assert plan_of(longer).todo() == [], "the long form names the same run"
+
+
+def test_evaluating_a_given_run_asks_for_no_training_data(
+    root: Path, finetuned: Path, tmp_path: Path
+) -> None:
+    here = [f"paths.root={root}", f"paths.data={tmp_path}", "tracking=none", "trainer=cpu"]
+    composed = composed_for(finetuned.name, parse_overrides([*here, "suite=llava_more_13"]))
+    assert composed.config.finetune_data.build is not None, "training would build it here"
+    prepare([composed.config])
+    assert list(tmp_path.iterdir()) == []
+    missing = plan_of(composed).missing_sources
+    assert [s for s in missing if "lmms-lab" not in s] == []
+    assert len(missing) == 10
 
 
 def test_finetune_starts_from_an_imported_projector(

@@ -74,7 +74,7 @@ def _check_data(configs: Sequence[Config]) -> None:
     """Stale data that was built here is not looked at: somebody has changed it."""
     todo = {}
     for config in configs:
-        for data in (config.pretrain_data, config.finetune_data):
+        for data in _training_data(config):
             status = data_state(data, config.paths).status
             own = data.build is not None and status is Status.unchecked
             told = config.unchecked_data is UncheckedData.check
@@ -139,9 +139,16 @@ def _recipes(configs: Sequence[Config]) -> Iterator[tuple[Path, Mapping[str, Any
             yield built_folder(weights, paths), weights.build
     for config in configs:
         tasks: list[TrainingData | TaskData] = [task.data for task in config.suite.tasks.values()]
-        for data in [config.pretrain_data, config.finetune_data, *tasks]:
+        for data in [*_training_data(config), *tasks]:
             if data.build is not None:
                 yield Path(config.paths.data) / data.folder, data.build
+
+
+def _training_data(config: Config) -> list[TrainingData]:
+    """None where a given run is only evaluated, perhaps on another machine than the one that trained it."""
+    if config.parent is not None and config.stage.steps == [Step.evaluate]:
+        return []
+    return [config.pretrain_data, config.finetune_data]
 
 
 def _say(text: str) -> None:

@@ -74,7 +74,8 @@ def json_hash(data: TaskData, paths: Paths) -> str | None:
     if not path.is_file():
         return None
     images = ImageFolder(Path(paths.data) / data.folder / (data.images or ""), data.allowed_links)
-    names = list(dict.fromkeys(str(record["image"]) for record in _read(path) if "image" in record))
+    named = [record["image"] for record in _read(path) if record.get("image") is not None]
+    names = list(dict.fromkeys(str(n) for one in named for n in (one if isinstance(one, list) else [one])))
     if gone := [str(images.path(name)) for name in names if not images.path(name).is_file()]:
         raise DataError(join_problems(f"{path}: image {name} does not exist." for name in gone))
     digest = hashlib.sha256(path.read_bytes())

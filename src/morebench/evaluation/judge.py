@@ -108,7 +108,7 @@ class Replies:
             file.write(json.dumps(line) + "\n")
 
     def _read(self, path: Path) -> None:
-        """Drops the line that a kill cut short."""
+        """Drops lines that a kill cut short; the others were paid for."""
         lines = path.read_bytes().split(b"\n")
         whole: list[bytes] = []
         for line in filter(None, lines):
@@ -116,7 +116,7 @@ class Replies:
                 found = json.loads(line)
                 self._known[found["key"]] = str(found["reply"])
             except (ValueError, TypeError, KeyError):
-                break
+                continue
             whole.append(line)
         if len(whole) < len(list(filter(None, lines))) or lines[-1]:
             write_atomically(path, b"".join(line + b"\n" for line in whole).decode())

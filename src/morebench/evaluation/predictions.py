@@ -60,13 +60,16 @@ class PredictionsFile:
 
 
 def read_predictions(path: Path) -> list[Line]:
-    """Up to a line that a kill cut short; none where there is no file."""
+    """Up to a line that a kill cut short, or that is no prediction; none where there is no file."""
     lines: list[Line] = []
     for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or "index" not in line:
+            break
+        lines.append(line)
     return lines
 
 

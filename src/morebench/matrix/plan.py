@@ -59,7 +59,8 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
             run_id = own[step]
             if run_id not in runs:
                 folder = _folder(cell, run_id)
-                data_hash = None if step is Step.evaluate else data_of(cell, step, sources)
+                trains = step is not Step.evaluate and step in cell.steps  # a given parent is trained
+                data_hash = data_of(cell, step, sources) if trains else None
                 parents, state = _parents(own, step), ledger.state(folder)
                 runs[run_id] = PlannedRun(run_id, step, cell, folder, parents, state, data_hash)
             runs[run_id].shared_by.append(cell.name)

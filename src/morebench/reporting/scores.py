@@ -45,7 +45,7 @@ def _scores(config: Config, results: Results) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column(config.suite.label, no_wrap=True)
     controls = results.get("controls", {})
-    for header in ("score", *(part for name in controls for part in (name, f"over {name}")), "n"):
+    for header in ("score", *(part for name in controls for part in (name, f"over {name}")), "asked"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("profile", no_wrap=True)
     for column in config.suite.columns:
